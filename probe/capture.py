@@ -1,0 +1,87 @@
+"""Plain data: what a hook delivers (`Capture`) and what a summary makes of it (`Scalar`, `Histogram`, `Image`)."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+class Kind(enum.Flag):
+    """Which value of a module's call a capture holds, one per hook function of torch. Members combine with ``|``."""
+
+    INPUT = enum.auto()
+    """What went in (``Module.register_forward_pre_hook``)."""
+    OUTPUT = enum.auto()
+    """What came out (``Module.register_forward_hook``)."""
+    GRAD_OUTPUT = enum.auto()
+    """Gradient of the loss at the output (``Tensor.register_hook``)."""
+    GRAD_INPUT = enum.auto()
+    """Gradient at the input, this module's share of it (module backward hook)."""
+
+    @classmethod
+    def all(cls) -> Kind:
+        """The union of the four kinds."""
+        return cls.INPUT | cls.OUTPUT | cls.GRAD_OUTPUT | cls.GRAD_INPUT
+
+    @property
+    def label(self) -> str:
+        """The lower-case name, as tags and records spell it: ``"grad_output"``."""
+        return "|".join(str(member.name).lower() for member in self)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Capture:
+    """One detached tensor that passed a hook, and where it came from.
+
+    Arguments:
+        name: the layer's dotted name in the user's model; ``""`` is the root.
+        kind: exactly one `Kind`.
+        value: a detached tensor, in the dtype and on the device it flowed with.
+        step: the probe's step count when it was captured.
+        call: which call of the pass this is, from 0 (a shared or recurrent module has several).
+        path: where in a nested value the tensor sits: ``""``, ``"[0]"``, ``".logits"``, ``"[0].hidden"``.
+        module_type: the class of the module.
+    """
+
+    name: str
+    kind: Kind
+    value: torch.Tensor
+    step: int = 0
+    call: int = 0
+    path: str = ""
+    module_type: type = torch.nn.Module
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scalar:
+    """One number to plot. `value` may be a 0-dim tensor on any device: it is not waited for."""
+
+    tag: str
+    value: Any
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Histogram:
+    """A distribution to plot. `value` is a tensor of any shape, or a `probe.sketch.Sketch`."""
+
+    tag: str
+    value: Any
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Image:
+    """A picture to show: a uint8 or float (0..1) tensor ``[C, H, W]`` with 1 or 3 channels."""
+
+    tag: str
+    value: torch.Tensor
+
+
+Shown = Scalar | Histogram | Image
+"""What a summary yields."""
+
+Summary = Callable[[Capture], Iterable[Shown] | None]
+"""The whole extension interface: a function of one capture that yields things to show."""

@@ -1,0 +1,413 @@
+"""`Probe`: select, attach, deliver, step, detach."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from probe import select
+from probe.capture import Kind
+from probe.hooks import Session, StopForward, Tap, on_step
+from probe.observers import Adapter, Store
+from probe.record import OverwrittenRow, Reading, Record, Row, Table, missing, overwritten
+from probe.select import Layer, NoSuchLayer
+from probe.table import LayerTable, layer_table
+from probe.tree import leaves
+
+
+class ProbeWarning(UserWarning):
+    """Something a probe was asked for did not happen."""
+
+
+class Edit:
+    """The handle of one edit: ``remove()`` takes it back; as a context manager it lasts for the block."""
+
+    def __init__(self, undo: Callable[[], None]) -> None:
+        self._undo = undo
+
+    def remove(self) -> None:
+        """Take the edit back. Again is harmless."""
+        undo, self._undo = self._undo, _nothing
+        undo()
+
+    def __enter__(self) -> Edit:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.remove()
+
+
+class Probe:
+    """See inside a model while it runs: ``with Probe(model) as p:``, then ``p["layer1.0.conv1"].output``.
+
+    Inside the block all four hooks sit on the chosen layers; after it, also after an exception, the model is what it
+    was. What the hooks capture are true values: copy-on-write snapshots that in-place operations cannot reach.
+
+    Arguments:
+        model: any ``nn.Module``.
+        layers: which layers, the union of exact names, globs (``*`` crosses dots), compiled patterns (searched), module
+            types, modules, and predicates ``(name, module) -> bool``. None given: every leaf module.
+        kinds: which of the four values to capture; all by default.
+        exclude: selectors of layers to leave out.
+        optimizer: one or several; every ``optimizer.step()`` then advances ``steps``.
+        observers: functions of a `Capture`, or objects with ``bind(site)``; they run inside the hooks.
+        keep: how many passes to keep for reading; by default 1, and 0 for a probe with observers.
+        backward: ``"tensor"`` reads gradients by tensor hooks and by the nodes that consume a module's input, without
+            touching the graph; ``"module"`` by torch's own ``register_full_backward_hook``, with its restrictions.
+        copy_views: hand on a copy of an output that is a view, so that a later in-place operation cannot drop its
+            gradient hook. Changes aliasing: what is written to the copy no longer reaches the view's base.
+
+    Raises:
+        NoSuchLayer: (a KeyError and ValueError) a selector matches nothing; the message has the nearest names.
+        TypeError: the model is no ``nn.Module``, or is scripted.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *layers: Any,
+        kinds: Kind | None = None,
+        exclude: Any = (),
+        optimizer: Any = None,
+        observers: Any = (),
+        keep: int | None = None,
+        backward: str = "tensor",
+        copy_views: bool = False,
+    ) -> None:
+        _check_model(model)
+        if backward not in ("tensor", "module"):
+            raise ValueError(f"backward={backward!r}: use 'tensor' (the default) or 'module' (torch's own hook)")
+        if keep is not None and (not isinstance(keep, int) or keep < 0):
+            raise ValueError(f"keep={keep!r}: give the number of passes to keep, 0 or more")
+        kinds = Kind.all() if kinds is None else kinds
+        if not isinstance(kinds, Kind) or not kinds:
+            raise TypeError(f"kinds={kinds!r}: combine Kind.INPUT, OUTPUT, GRAD_OUTPUT and GRAD_INPUT with |")
+        self._every = select.layers(model)
+        chosen = select.choose(self._every, layers, exclude)
+        self._scripted = [layer for layer in chosen if isinstance(layer.module, torch.jit.ScriptModule)]
+        self._layers = [layer for layer in chosen if layer not in self._scripted]
+        if not self._layers:
+            names = ", ".join(repr(layer.name) for layer in self._scripted)
+            raise TypeError(f"{names}: torch puts no hooks on ScriptModules; probe the model before torch.jit.script")
+        self._by_name = {name: layer for layer in self._layers for name in layer.names}
+        self._known = {name for layer in self._every for name in layer.names}
+        self._kinds = kinds
+        self._optimizers = _listed(optimizer)
+        self._adapters = [Adapter(each) for each in _listed(observers)]
+        self._session = Session(model, backward=backward, copy_views=copy_views)
+        self._store = Store(self._session, kinds, (0 if self._adapters else 1) if keep is None else keep)
+        self._session.receivers = [self._store, *self._adapters]
+        self._reading = Reading(kinds, self._store.keep, self._why_never)
+        self._stack: contextlib.ExitStack | None = None
+        for layer in self._layers:
+            self._session.taps[layer] = Tap(layer, self._session)
+
+    # -- attach and detach ---------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Probe:
+        if self._stack is not None:
+            raise RuntimeError("this probe is already attached; leave its with-block first, or create another Probe")
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._session.close)
+            if any(_is_compiled(module) for module in self._session.model.modules()):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+                warnings.warn("the model is compiled; it runs eagerly while it is probed", ProbeWarning, stacklevel=2)
+            for optimizer in self._optimizers:
+                stack.callback(_remove, on_step(optimizer, after=self._session.advance))
+            self._bind()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
+        self._close()
+        if isinstance(error, StopForward) and error.session is self._session:
+            return True
+        if error is None:
+            self._tell()
+        return False
+
+    def __del__(self) -> None:
+        if getattr(self, "_stack", None) is not None:
+            self._close()
+
+    def _close(self) -> None:
+        stack, self._stack = self._stack, None
+        if stack is not None:
+            stack.close()
+
+    def _bind(self) -> None:
+        """Ask every receiver anew what it takes, and put the hooks on accordingly."""
+        session = self._session
+        session.detach()
+        for layer, tap in session.taps.items():
+            chosen = layer in self._layers
+            tap.takers = {
+                kind: tuple(t for each in session.receivers if (t := each.taker(layer, kind)) is not None)
+                for kind in (self._kinds if chosen else ())
+            }
+        session.attach(select.ancestors(session.model, [layer.module for layer in session.taps]))
+
+    def _tell(self) -> None:
+        """Be loud about layers that never fired, where something did."""
+        session = self._session
+        silent = [layer for layer in self._layers if not session.taps[layer].fired]
+        if silent and session.passes and not any(tap.stop for tap in session.taps.values()):
+            shown = ", ".join(repr(layer.name) for layer in silent[:5]) + (" ..." if len(silent) > 5 else "")
+            text = f"{len(silent)} of {len(self._layers)} probed layers were never called: {shown}. The first: "
+            warnings.warn(text + self._why_never(silent[0]), ProbeWarning, stacklevel=3)
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def __getitem__(self, name: str) -> Record:
+        if name not in self._by_name:
+            raise NoSuchLayer(self._why_absent(name))
+        layer = self._by_name[name]
+        calls = self._store.calls(layer)
+        return Record(layer, calls, len(calls) - 1, self._reading)
+
+    def __iter__(self) -> Iterator[str]:
+        return (layer.name for layer in self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    def _why_absent(self, name: Any) -> str:
+        if not isinstance(name, str):
+            return f"layers are read by name; {name!r} is a {type(name).__name__}"
+        if name not in self._known:
+            return f"the model has no layer {name!r}; {select.nearest(self._every, name)}"
+        if any(name in layer.names for layer in self._scripted):
+            return f"layer {name!r} is a ScriptModule: torch puts no hooks on it"
+        return f"layer {name!r} is not among the probed ones; add it: Probe(model, ..., {name!r})"
+
+    @property
+    def activations(self) -> Mapping[str, Any]:
+        """``name -> output`` of the last call, for every layer that has one."""
+        return {name: self[name].output for name in self if _has(self[name], "output")}
+
+    @property
+    def gradients(self) -> Mapping[str, Any]:
+        """``name -> grad_output`` of the last call, for every layer that a gradient came back to."""
+        found = {name: self[name].grad_output for name in self if _has(self[name], "grad_output")}
+        return {name: value for name, value in found.items() if leaves(value)}
+
+    @property
+    def overwritten(self) -> list[OverwrittenRow]:
+        """What in-place operations overwrote after it was captured, in the kept passes: ``(name, by, share)`` rows.
+
+        A naive forward hook would have read these wrongly; the probe's own values are those from before. Comparing
+        values waits for the device.
+        """
+        rows = {row.name: row for pass_ in self._store.passes() for row in overwritten(pass_.events)}
+        return Table(
+            rows.values(), ("layer", "overwritten by", "share"), "nothing was overwritten after it was captured"
+        )
+
+    def report(self) -> list[Row]:
+        """What was not captured, and why: ``(name, reason)`` rows, which print as a table."""
+        rows = [Row(layer.name, "a ScriptModule: torch puts no hooks on it") for layer in self._scripted]
+        calls = {layer: self._store.calls(layer) for layer in self._layers}
+        if not self._session.passes:
+            rows.append(Row("", self._why_never(self._every[0])))
+        infos = {call.info for each in calls.values() for call in each}
+        blind = bool(infos) and not any(info.grad_enabled for info in infos)
+        if blind and self._kinds & (Kind.GRAD_INPUT | Kind.GRAD_OUTPUT):
+            rows.append(Row("", "no gradients: the forward ran under no_grad or inference_mode"))
+        for layer in self._layers if self._session.passes else ():
+            if not self._session.taps[layer].fired:
+                rows.append(Row(layer.name, self._why_never(layer)))
+            reasons = dict.fromkeys(reason for call in calls[layer] for reason in missing(call, self._kinds, blind))
+            rows.extend(Row(layer.name, reason) for reason in reasons)
+        return Table(rows, ("layer", "not captured, because"), "everything that was asked for was captured")
+
+    def _why_never(self, layer: Layer) -> str:
+        session, module = self._session, layer.module
+        if not session.passes:
+            dynamo = " Was it compiled before the probe was entered?" if "torch._dynamo" in sys.modules else ""
+            return "the model was not called while the probe was attached" + dynamo
+        if session.taps.get(layer) is not None and session.taps[layer].fired:
+            return "it was called, but not in the passes that are kept (keep= says how many)"
+        if all(each.module is not module for each in select.layers(session.model)):
+            return "it was replaced by another module while the probe was attached; enter a new Probe afterwards"
+        if type(module).__call__ is not nn.Module.__call__:
+            return f"never called through hooks: {type(module).__name__} overrides __call__"
+        if type(module).forward is nn.Module.forward:
+            return f"never called: {type(module).__name__} only holds other modules"
+        for parent in self._every:
+            if isinstance(parent.module, select.WORKS_INSIDE) and module in list(parent.module.children()):
+                kind = type(parent.module).__name__
+                return f"never called: its parent {parent.name!r} ({kind}) uses its weights without calling it"
+        return (
+            "never called: the model skips it, calls its .forward directly, uses its weights in a function, "
+            "or took a fused path around it"
+        )
+
+    # -- changing what flows -------------------------------------------------------------------------------------------
+
+    def edit(self, selector: Any, function: Callable[[Any], Any], on: Kind = Kind.OUTPUT) -> Edit:
+        """Replace what flows: ``p.edit("features.3", lambda output: output * 0)``.
+
+        Arguments:
+            selector: which layers, of the whole model, not only of the probed ones.
+            function: gets what ``.input`` or ``.output`` would show and returns the same structure, shapes and dtypes;
+                for the gradient kinds it gets and returns one gradient tensor at a time. Later edits see earlier ones.
+            on: which kinds. What is captured is what flows on, after the edit. For GRAD_INPUT the module is handed
+                copies of its inputs, so that its share of the gradient can be told from others'.
+
+        Returns:
+            A handle with ``remove()``; it is also a context manager. Leaving the probe's block ends its effect.
+
+        Raises:
+            NoSuchLayer: the selector matches nothing.
+            TypeError, ValueError: while the model runs: the function returned another structure, shape or dtype.
+        """
+        if not callable(function):
+            raise TypeError(f"edit takes a function of the value, not {function!r}")
+        if not isinstance(on, Kind) or not on:
+            raise TypeError(f"on={on!r}: give Kind.INPUT, OUTPUT, GRAD_OUTPUT or GRAD_INPUT")
+        chosen = select.match(self._every, selector)
+        added: list[tuple[Tap, Kind, Any]] = []
+        for layer in chosen:
+            tap = self._tap(layer)
+            for kind in on:
+                checked = _checked(function, layer, kind)
+                tap.edits[kind] = (*tap.edits.get(kind, ()), checked)
+                added.append((tap, kind, checked))
+        self._rebind()
+
+        def undo() -> None:
+            for tap, kind, checked in added:
+                tap.edits[kind] = tuple(each for each in tap.edits.get(kind, ()) if each is not checked)
+            self._rebind()
+
+        return Edit(undo)
+
+    def stop_after(self, selector: Any) -> Edit:
+        """End every forward right after the selected layer, cleanly: the probe's ``with`` swallows the interruption.
+
+        The rest of the block is skipped; what was captured until then can be read after it.
+        """
+        taps = [self._tap(layer) for layer in select.match(self._every, selector)]
+        for tap in taps:
+            tap.stop = True
+        self._rebind()
+
+        def undo() -> None:
+            for tap in taps:
+                tap.stop = False
+            self._rebind()
+
+        return Edit(undo)
+
+    def _tap(self, layer: Layer) -> Tap:
+        return self._session.taps.setdefault(layer, Tap(layer, self._session))
+
+    def _rebind(self) -> None:
+        if self._stack is not None:
+            self._bind()
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> int:
+        """How many steps have ended: each ``optimizer.step()`` of the given optimizer, or each `step`."""
+        return self._session.step
+
+    def step(self) -> None:
+        """End a step, where there is no optimizer to do so."""
+        self._session.advance()
+
+    @contextlib.contextmanager
+    def tag(self, name: str) -> Iterator[None]:
+        """Passes inside the block count as `name` (``"valid"``) in place of ``"train"`` or ``"eval"``."""
+        before, self._session.tag = self._session.tag, name
+        try:
+            yield
+        finally:
+            self._session.tag = before
+
+    # -- showing -------------------------------------------------------------------------------------------------------
+
+    def summary(self) -> LayerTable:
+        """A table with one row a layer: type, output shape and dtype, statistics, gradient norm, calls."""
+        return layer_table((layer, self._store.calls(layer)) for layer in self._layers)
+
+    def __str__(self) -> str:
+        return str(self.summary())
+
+    def __repr__(self) -> str:
+        state = "attached" if self._stack is not None else "not attached"
+        return f"<Probe of {type(self._session.model).__name__}: {len(self)} layers, {self._kinds.label}, {state}>"
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
+
+
+def _nothing() -> None:
+    pass
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _has(record: Record, field: str) -> bool:
+    try:
+        getattr(record, field)
+    except AttributeError:
+        return False
+    return True
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or select.wrapped_attribute(module) == "_orig_mod"
+
+
+def _check_model(model: Any) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("the model is a ScriptModule: torch puts no hooks on it; probe it before torch.jit.script")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Probe takes an nn.Module, not {type(model).__name__}")
+
+
+def _checked(function: Callable[[Any], Any], layer: Layer, kind: Kind) -> Callable[[Any], Any]:
+    """The user's edit, with errors that name the layer."""
+    where = f"the edit of {layer.name!r} on {kind.label}"
+
+    def edit(value: Any) -> Any:
+        before = {path: (tuple(t.shape), t.dtype) for path, t in leaves(value)}
+        try:
+            new = function(value)
+        except Exception as error:
+            error.add_note(f"raised by {where}")
+            raise
+        if new is None and value is not None:
+            raise TypeError(f"{where} returned None; return the value that is to flow on")
+        after = {path: (tuple(t.shape), t.dtype) for path, t in leaves(new)}
+        if before.keys() != after.keys():
+            raise TypeError(f"{where} returned tensors at {list(after)}, but the value has them at {list(before)}")
+        for path, (shape, dtype) in before.items():
+            if after[path] != (shape, dtype):
+                raise ValueError(
+                    f"{where} returned {list(after[path][0])} {after[path][1]}{f' at {path}' if path else ''}, "
+                    f"but {list(shape)} {dtype} flows there; return the same shape and dtype"
+                )
+        return new
+
+    return edit

@@ -1,0 +1,290 @@
+"""Who receives captures: `Store`, which `Probe` reads, and the protocol for everybody else's observers."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from probe.capture import Capture, Kind
+from probe.graph import version
+from probe.hooks import Call, Pass, Session
+from probe.select import Layer
+from probe.tree import input_leaves, leaves, rebuild, snapshot, storage_of
+
+Taker = Callable[[Any, Call, Any], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where an observer's function is bound: one tensor's place in one call of one layer.
+
+    Arguments:
+        name: the layer's name.
+        kind: exactly one `Kind`.
+        path: where in a nested value the tensor sits, as in `Capture`.
+        call: which call of the pass, from 0.
+        mode: ``"train"``, ``"eval"``, or what ``Probe.tag`` says.
+        module_type: the class of the module.
+    """
+
+    name: str
+    kind: Kind
+    path: str
+    call: int
+    mode: str
+    module_type: type
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """What ``Probe(observers=[...])`` takes, beside plain functions of a `Capture`: the form for the hot path."""
+
+    def bind(self, site: Site) -> Callable[[torch.Tensor], Any] | None:
+        """Called once a site. The function it returns gets each tensor there, detached and live: whoever keeps the
+        tensor takes a copy, because an in-place operation may follow. None: this site is of no interest."""
+
+
+class Adapter:
+    """Delivers to one observer: an object with ``bind``, or a plain function of a `Capture`.
+
+    An optional attribute ``kinds`` of the observer says which kinds it wants; all by default. What it raises propagates
+    with a note that names the layer and the kind.
+    """
+
+    def __init__(self, observer: Any) -> None:
+        if not callable(observer) and not isinstance(observer, Observer):
+            raise TypeError(f"{observer!r} is no observer: give a function of a Capture, or an object with bind(site)")
+        self.observer = observer
+        self.kinds: Kind = getattr(observer, "kinds", Kind.all())
+
+    def begin(self, pass_: Pass) -> None:
+        """Nothing to do when a pass begins."""
+
+    def taker(self, layer: Layer, kind: Kind) -> Taker | None:
+        if kind not in self.kinds:
+            return None
+        emit = self._bound(layer, kind) if isinstance(self.observer, Observer) else self._plain(layer, kind)
+
+        def take(pass_: Any, call: Call, value: Any) -> None:
+            try:
+                with quiet():
+                    for path, tensor in _tensors(kind, value):
+                        emit(call, path, tensor)
+            except Exception as error:
+                error.add_note(f"raised by {self.observer!r} at layer {layer.name!r}, {kind.label}")
+                raise
+
+        return take
+
+    def _bound(self, layer: Layer, kind: Kind) -> Callable[[Call, str, torch.Tensor], None]:
+        functions: dict[tuple[int, str, str], Callable[[torch.Tensor], Any] | None] = {}
+
+        def emit(call: Call, path: str, tensor: torch.Tensor) -> None:
+            key = (call.index, path, call.info.mode)
+            if key not in functions:
+                site = Site(layer.name, kind, path, call.index, call.info.mode, type(layer.module))
+                functions[key] = self.observer.bind(site)
+            function = functions[key]
+            if function is not None:
+                function(tensor.detach())
+
+        return emit
+
+    def _plain(self, layer: Layer, kind: Kind) -> Callable[[Call, str, torch.Tensor], None]:
+        def emit(call: Call, path: str, tensor: torch.Tensor) -> None:
+            value = snapshot(tensor)
+            if value is not None:
+                capture = Capture(layer.name, kind, value, call.info.step, call.index, path, type(layer.module))
+                shown = self.observer(capture)
+                if isinstance(shown, Iterator):
+                    deque(shown, maxlen=0)  # a generator function runs only when it is iterated
+
+        return emit
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No graph and no autocast: under autocast even ``x.float() @ y`` would be bfloat16."""
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def _tensors(kind: Kind, value: Any) -> list[tuple[str, torch.Tensor]]:
+    if kind is Kind.INPUT:
+        return input_leaves(*value)
+    if kind is Kind.OUTPUT:
+        return leaves(value)
+    return [(value[0], value[1])]
+
+
+class Backward:
+    """What one backward pass brought to one call, by path."""
+
+    __slots__ = ("grad_input", "grad_output", "number")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.grad_output: dict[str, torch.Tensor] = {}
+        self.grad_input: dict[str, torch.Tensor] = {}
+
+
+@dataclass(slots=True)
+class Seen:
+    """A captured tensor and the storage it was taken from, to tell later whether that was written to."""
+
+    kind: Kind
+    call: Call
+    path: str
+    kept: torch.Tensor
+    storage: torch.UntypedStorage | None
+    version: int
+    geometry: tuple[tuple[int, ...], int] | None = None  # strides and offset in the storage, where not those of `kept`
+
+
+class Store:
+    """Keeps true values: copy-on-write snapshots of what went in and came out, and of gradients.
+
+    Arguments:
+        session: whose calls these are.
+        kinds: what to keep.
+        keep: how many passes, for each module that is called from outside, and each thread; 0 keeps nothing.
+    """
+
+    def __init__(self, session: Session, kinds: Kind, keep: int) -> None:
+        self.model = session.model
+        self.kinds = kinds
+        self.keep = keep
+        self._own = threading.local()
+        self._latest: dict[int, deque[tuple[int, Pass]]] = {}
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def begin(self, pass_: Pass) -> None:
+        """Make room for a pass: what an earlier one under the same outermost module held goes now."""
+        if not self.keep:
+            return
+        with self._lock:
+            self._count += 1
+            for rings in (self._rings(), self._latest):
+                self._make_room(rings, pass_.outermost)
+                ring = rings.setdefault(id(pass_.outermost), deque(maxlen=self.keep))
+                ring.append((self._count, pass_))
+
+    def _rings(self) -> dict[int, deque[tuple[int, Pass]]]:
+        if not hasattr(self._own, "rings"):
+            self._own.rings = {}
+        rings: dict[int, deque[tuple[int, Pass]]] = self._own.rings
+        return rings
+
+    def _make_room(self, rings: dict[int, deque[tuple[int, Pass]]], module: nn.Module) -> None:
+        if len(rings) - (id(module) in rings) == 0:
+            return
+        below = None if module is self.model else {id(each) for each in module.modules()}
+        for key, ring in list(rings.items()):
+            # a call of the whole replaces what was kept of earlier calls of its parts
+            if key != id(module) and (below is None or key in below):
+                while ring and len(ring) >= self.keep:
+                    ring.popleft()
+                if not ring:
+                    del rings[key]
+
+    def passes(self) -> list[Pass]:
+        """The kept passes, the oldest first: this thread's own, or everybody's latest where it has none."""
+        with self._lock:
+            rings = self._rings() or self._latest
+            return [
+                pass_ for _, pass_ in sorted((item for ring in rings.values() for item in ring), key=lambda x: x[0])
+            ]
+
+    def calls(self, layer: Layer) -> list[Call]:
+        """All calls of the layer in the last kept pass that contains it: this thread's own, else the latest."""
+        with self._lock:
+            for rings in (self._rings(), self._latest):
+                found = [(n, p.calls[layer]) for ring in rings.values() for n, p in ring if p.calls.get(layer)]
+                if found:
+                    return max(found, key=lambda item: item[0])[1]
+        return []
+
+    def taker(self, layer: Layer, kind: Kind) -> Taker | None:
+        if not self.keep or kind not in self.kinds:
+            return None
+        takers = {Kind.INPUT: _take_input, Kind.GRAD_INPUT: _take_grad_input, Kind.GRAD_OUTPUT: _take_grad_output}
+        return takers.get(kind) or _output_taker()
+
+
+def _output_taker() -> Taker:
+    lazy: Callable[[torch.Tensor], torch.Tensor] = torch._lazy_clone
+    plain = False  # learned at the first call: snapshots here are copy-on-write, so the short way is right
+
+    def take(pass_: Pass, call: Call, value: Any) -> None:
+        nonlocal plain
+        if plain and type(value) is torch.Tensor:
+            try:
+                storage = value.untyped_storage()  # refused by wrappers of torch.func, which snapshot() unwraps
+                kept = lazy(value.detach() if value.requires_grad else value)
+                pass_.events.append(Seen(Kind.OUTPUT, call, "", kept, storage, version(value)))
+                call.output = kept
+                return
+            except (RuntimeError, NotImplementedError):
+                plain = False
+        call.output = _keep(pass_, Kind.OUTPUT, call, value)
+        if type(value) is torch.Tensor and isinstance(call.output, torch.Tensor):
+            plain = _shares(value, call.output)
+
+    return take
+
+
+def _shares(live: torch.Tensor, kept: torch.Tensor) -> bool:
+    try:
+        return torch._C._data_address(live) == torch._C._data_address(kept)
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+def _keep(pass_: Pass, kind: Kind, call: Call, value: Any, prefix: str = "") -> Any:
+    def visit(path: str, tensor: torch.Tensor) -> torch.Tensor | None:
+        kept = snapshot(tensor)
+        if kept is not None:
+            storage = storage_of(tensor)
+            geometry = None if storage is None else (tensor.stride(), tensor.storage_offset())
+            pass_.events.append(Seen(kind, call, prefix + path, kept, storage, version(tensor), geometry))
+        return kept
+
+    return rebuild(value, visit)
+
+
+def _take_input(pass_: Pass, call: Call, value: Any) -> None:
+    args, kwargs = value
+    call.args = _keep(pass_, Kind.INPUT, call, args)
+    call.kwargs = _keep(pass_, Kind.INPUT, call, kwargs, "kwargs") if kwargs else {}
+
+
+def _backward(call: Call, number: int) -> Backward:
+    if not call.backwards or call.backwards[-1].number != number:
+        call.backwards = [*call.backwards, Backward(number)]
+    backward: Backward = call.backwards[-1]
+    return backward
+
+
+def _take_grad_output(pass_: Any, call: Call, value: Any) -> None:
+    path, gradient, number = value
+    kept = snapshot(gradient)
+    if kept is not None:
+        _backward(call, number).grad_output[path] = kept
+
+
+def _take_grad_input(pass_: Any, call: Call, value: Any) -> None:
+    path, gradient, number = value
+    kept = snapshot(gradient)
+    if kept is not None:
+        _backward(call, number).grad_input[path] = kept

@@ -1,0 +1,203 @@
+"""Nested values: walk the tensors in whatever a module takes or returns, rebuild the same structure, take snapshots."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import enum
+import sys
+import types
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+import torch
+
+Visit = Callable[[str, Any], Any]
+
+_ATOMS = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device, enum.Enum, type)
+
+
+class Opaque:
+    """Stands in a record for an object that the walker does not look into (it might hold a live graph)."""
+
+    __slots__ = ("type",)
+
+    def __init__(self, type_: type) -> None:
+        self.type = type_
+
+    def __repr__(self) -> str:
+        return f"<{self.type.__qualname__}, not looked into>"
+
+
+def _unseen(value: Any) -> Opaque:
+    return Opaque(type(value))
+
+
+def rebuild(value: Any, visit: Visit, *, opaque: Callable[[Any], Any] | None = None) -> Any:
+    """The same structure with every tensor replaced by ``visit(path, tensor)``.
+
+    Walks tuples, named tuples (`PackedSequence` too), lists, mappings (Hugging Face's ``ModelOutput`` too), dataclasses
+    and ``SimpleNamespace``. Numbers, strings and None stay; any other object becomes `Opaque`, and so does a container
+    that contains itself; ``opaque=`` says what else to put there. Paths read like Python: ``""``, ``"[0]"``,
+    ``".logits"``, ``"[0].hidden"``.
+    """
+    if isinstance(value, torch.Tensor):
+        return visit("", value)  # by far the most common
+    return _rebuild(value, visit, opaque or _unseen, "", ())
+
+
+def leaves(value: Any) -> list[tuple[str, torch.Tensor]]:
+    """``(path, tensor)`` of every tensor in a nested value, in order."""
+    if type(value) is torch.Tensor:
+        return [("", value)]
+    found: list[tuple[str, torch.Tensor]] = []
+    rebuild(value, lambda path, tensor: found.append((path, tensor)))
+    return found
+
+
+def inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What ``record.input`` shows: the sole argument, the tuple of positional ones, or the dict of keywords."""
+    if len(args) == 1:
+        return args[0]
+    return dict(kwargs) if kwargs and not args else args
+
+
+def input_leaves(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, torch.Tensor]]:
+    """`leaves` of a call's arguments, with the paths of `inputs`; keywords beside positionals are ``"kwargs.name"``."""
+    if not kwargs or not args:
+        return leaves(inputs(args, kwargs))
+    named = [(f"kwargs{path}", tensor) for path, tensor in leaves(dict(kwargs))]
+    return leaves(inputs(args, {})) + named
+
+
+class Slot:
+    """The place of a tensor in a `shape`."""
+
+    __slots__ = ("path",)
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+
+def shape(value: Any) -> Any:
+    """The structure of `value` with a `Slot` in place of every tensor."""
+    return rebuild(value, lambda path, _: Slot(path))
+
+
+def fill(shape_: Any, tensors: Mapping[str, torch.Tensor], prefix: str = "") -> Any:
+    """A `shape` filled by path; None where there is no tensor."""
+    return rebuild(shape_, lambda _, slot: tensors.get(prefix + slot.path))
+
+
+def _rebuild(value: Any, visit: Visit, opaque: Callable[[Any], Any], path: str, above: tuple[int, ...]) -> Any:
+    if isinstance(value, (torch.Tensor, Slot)):
+        return visit(path, value)
+    if value is None or isinstance(value, _ATOMS):
+        return value
+    if id(value) in above or len(above) > 64:
+        return opaque(value)
+    above = (*above, id(value))
+    if isinstance(value, tuple):
+        return _tuple(value, visit, opaque, path, above)
+    if isinstance(value, list):
+        return [_rebuild(item, visit, opaque, f"{path}[{i}]", above) for i, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        return _mapping(value, visit, opaque, path, above)
+    if isinstance(value, types.SimpleNamespace):
+        return types.SimpleNamespace(
+            **{k: _rebuild(v, visit, opaque, f"{path}.{k}", above) for k, v in vars(value).items()}
+        )
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _dataclass(value, visit, opaque, path, above)
+    return opaque(value)
+
+
+def _dataclass(value: Any, visit: Visit, opaque: Callable[[Any], Any], path: str, above: tuple[int, ...]) -> Any:
+    names = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
+    items = {name: _rebuild(getattr(value, name), visit, opaque, f"{path}.{name}", above) for name in names}
+    try:
+        new = copy.copy(value)
+        for name, item in items.items():
+            object.__setattr__(new, name, item)  # a frozen dataclass refuses setattr
+    except Exception:  # whatever a foreign class raises on being copied: its fields in a namespace are still right
+        return types.SimpleNamespace(**items)
+    return new
+
+
+def _tuple(
+    value: tuple[Any, ...], visit: Visit, opaque: Callable[[Any], Any], path: str, above: tuple[int, ...]
+) -> Any:
+    fields: tuple[str, ...] = getattr(value, "_fields", ())
+    names = [f".{name}" for name in fields] or [f"[{i}]" for i in range(len(value))]
+    items = [_rebuild(item, visit, opaque, path + name, above) for name, item in zip(names, value, strict=True)]
+    if type(value).__module__ == "torch.return_types":
+        return type(value)(items)
+    # tuple.__new__ because a subclass's own may check or convert: PackedSequence refuses None in place of data.
+    return tuple.__new__(type(value), items)
+
+
+def _mapping(
+    value: Mapping[Any, Any], visit: Visit, opaque: Callable[[Any], Any], path: str, above: tuple[int, ...]
+) -> Any:
+    items = {
+        key: _rebuild(item, visit, opaque, f"{path}.{key}" if isinstance(key, str) else f"{path}[{key!r}]", above)
+        for key, item in value.items()
+    }
+    if type(value) is dict or not isinstance(value, MutableMapping):
+        return items
+    try:
+        new = copy.copy(value)
+        for key, item in items.items():
+            new[key] = item
+    except Exception:  # whatever a foreign mapping raises on being copied: its content in a plain dict is still right
+        return items
+    return new
+
+
+def snapshot(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A detached copy that later writes to `tensor` cannot reach; None for a tensor without values (FakeTensor).
+
+    Copy-on-write where torch can (``torch._lazy_clone``: shares the memory until somebody writes), else a clone:
+    storages from NumPy, shared or mapped memory, sparse and nested layouts. Also cloned are parameters (so that their
+    ``data_ptr()`` never moves) and small views of a large storage (which would keep all of it alive). Tensors of
+    ``torch.func`` transforms come out unwrapped, at full batch.
+    """
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        value = (
+            tensor.detach().clone()
+        )  # clone first: unwrapping first keeps a wrapper that is dead after the transform
+        while torch._C._functorch.is_functorch_wrapped_tensor(value):
+            value = torch._C._functorch.get_unwrapped(value)
+        return value.detach()
+    if is_fake(tensor):
+        return None
+    value = tensor.detach()
+    if not isinstance(tensor, torch.nn.Parameter) and not _pins_much(value):
+        try:
+            return torch._lazy_clone(value)
+        except (RuntimeError, NotImplementedError, TypeError):
+            pass
+    return value.clone()
+
+
+def _pins_much(tensor: torch.Tensor) -> bool:
+    try:
+        return tensor.untyped_storage().nbytes() > 4 * tensor.nbytes + 4096
+    except (RuntimeError, NotImplementedError):
+        return True  # no storage to share
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether the tensor only pretends to hold values: torch.export, fake mode, FunctionalTensor while tracing."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    if module is not None and isinstance(tensor, module.FakeTensor):
+        return True
+    return type(tensor) is not torch.Tensor and type(tensor).__name__ == "FunctionalTensor"
+
+
+def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage | None:
+    """The tensor's storage, or None where it has none (sparse, nested, wrapped by torch.func)."""
+    try:
+        return tensor.untyped_storage()
+    except (RuntimeError, NotImplementedError):
+        return None
