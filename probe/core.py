@@ -157,7 +157,7 @@ class Probe:
         """Be loud about layers that never fired, where something did."""
         session = self._session
         silent = [layer for layer in self._layers if not session.taps[layer].fired]
-        if silent and session.passes and not any(tap.stop for tap in session.taps.values()):
+        if silent and session.whole_passes and not any(tap.stop for tap in session.taps.values()):
             shown = ", ".join(repr(layer.name) for layer in silent[:5]) + (" ..." if len(silent) > 5 else "")
             text = f"{len(silent)} of {len(self._layers)} probed layers were never called: {shown}. The first: "
             warnings.warn(text + self._why_never(silent[0]), ProbeWarning, stacklevel=3)
@@ -207,7 +207,7 @@ class Probe:
         A naive forward hook would have read these wrongly; the probe's own values are those from before. Comparing
         values waits for the device.
         """
-        rows = {row.name: row for pass_ in self._store.passes() for row in overwritten(pass_.events)}
+        rows = {row.name: row for pass_ in self._store.passes() for row in overwritten(pass_)}
         return Table(
             rows.values(), ("layer", "overwritten by", "share"), "nothing was overwritten after it was captured"
         )
@@ -314,6 +314,11 @@ class Probe:
     def _rebind(self) -> None:
         if self._stack is not None:
             self._bind()
+
+    @property
+    def kinds(self) -> Kind:
+        """The kinds that are captured."""
+        return self._kinds
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,8 @@ import torch
 
 from probe.tree import input_leaves
 
+Consumers = tuple[list[str], list[tuple[Any, int]]]
+
 
 class Edges:
     """The gradient edges of a call's inputs, noted before the module runs.
@@ -26,18 +28,18 @@ class Edges:
                 self.paths.setdefault(edge(tensor), []).append(path)
                 if tensor._is_view():
                     self.views.append((tensor, version(tensor), path))
-        self.since = torch.autograd._get_sequence_nr()  # nodes made from now on have this number or a higher one
+        self.since = torch._C._autograd._get_sequence_nr()  # nodes made from now on have this number or a higher one
 
-    def consumers(self, outputs: list[tuple[str, torch.Tensor]]) -> tuple[list[tuple[Any, int, list[str]]], list[str]]:
+    def consumers(self, outputs: list[tuple[str, torch.Tensor]]) -> tuple[list[Consumers], list[str]]:
         """Which nodes made during the call hand a gradient back to the inputs, found by walking from `outputs`.
 
         Returns:
-            ``(node, position among its inputs, paths)`` of every node that consumes an input's edge; and the paths of
-            the inputs that are themselves among the outputs.
+            For each input's edge that is consumed, its paths and ``(node, position among the node's inputs)`` of every
+            node that does; and the paths of the inputs that are themselves among the outputs.
         """
         ends = {edge(tensor) for _, tensor in outputs}
         passed = [path for key, paths in self.paths.items() if key in ends for path in paths]
-        found: list[tuple[Any, int, list[str]]] = []
+        found: dict[tuple[Any, int], Consumers] = {}
         waiting = [node for node, _ in ends]
         seen = set(waiting)
         while waiting:
@@ -50,15 +52,16 @@ class Edges:
                     continue
                 paths = self.paths.get(key)
                 if paths is not None:
-                    found.append((node, position, paths))
+                    found.setdefault(key, (paths, []))[1].append((node, position))
                 if after not in seen:
                     seen.add(after)
                     waiting.append(after)
-        return found, passed
+        return list(found.values()), passed
 
-    def overwritten_views(self) -> list[str]:
-        """Paths of inputs that are views and were written to in place since: the graph no longer uses their edge."""
-        return [path for tensor, before, path in self.views if version(tensor) != before]
+    def overwritten_views(self, consumers: list[Consumers], passed: list[str]) -> list[str]:
+        """Paths of inputs that are views and were written to in place since, so that the graph left their edge."""
+        served = {path for paths, _ in consumers for path in paths} | set(passed)
+        return [path for tensor, before, path in self.views if path not in served and version(tensor) != before]
 
 
 def edge(tensor: torch.Tensor) -> tuple[Any, int]:

@@ -19,11 +19,12 @@ import torch
 from torch import nn
 
 from probe.capture import Kind
-from probe.graph import Edges, version
+from probe.graph import Edges, edge, version
 from probe.select import Layer
 from probe.tree import inputs, leaves, rebuild, shape, snapshot, storage_of
 
 _graph_task: Callable[[], int] = torch._C._current_graph_task_id
+_sequence_number: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
 UNSET: Any = type("Unset", (), {"__repr__": lambda self: "<not captured>", "__bool__": lambda self: False})()
 
@@ -31,12 +32,13 @@ UNSET: Any = type("Unset", (), {"__repr__": lambda self: "<not captured>", "__bo
 class PassInfo:
     """What all calls of a pass share; it refers to none of them, so that no pass is a reference cycle."""
 
-    __slots__ = ("backwards", "grad_enabled", "mode", "step")
+    __slots__ = ("backwards", "grad_enabled", "mode", "step", "thread")
 
     def __init__(self, step: int, mode: str) -> None:
         self.step = step
         self.mode = mode
         self.grad_enabled = torch.is_grad_enabled()
+        self.thread = threading.get_ident()
         self.backwards: set[int] = set()
 
 
@@ -50,7 +52,7 @@ class Call:
     shape_kwargs: Any = UNSET
     shape_out: Any = UNSET
     raised = False
-    backwards: tuple[Any, ...] | list[Any] = ()
+    backwards: tuple[Any, ...] = ()
     notes: tuple[str, ...] = ()
     needs_grad = False
     views: tuple[tuple[str, torch.Tensor, int], ...] = ()  # outputs that are views: path, detached alias, version
@@ -68,7 +70,19 @@ class Call:
 class Pass:
     """One outermost call into the probed model, or into any part of it, in one thread."""
 
-    __slots__ = ("__weakref__", "calls", "depth", "events", "handles", "info", "open", "outermost", "stack", "storages")
+    __slots__ = (
+        "__weakref__",
+        "calls",
+        "depth",
+        "events",
+        "handles",
+        "info",
+        "open",
+        "outermost",
+        "raw",
+        "stack",
+        "storages",
+    )
 
     def __init__(self, outermost: nn.Module, info: PassInfo, handles: list[Any]) -> None:
         self.outermost = outermost
@@ -77,11 +91,25 @@ class Pass:
         self.depth = 1
         self.open = True
         self.calls: defaultdict[Layer, list[Call]] = defaultdict(list)
-        self.events: list[tuple[Kind, Call, Any]] = []
+        self.events: list[Any] = []  # what the store saw, in order of time
         self.stack: list[tuple[Tap, Call, Any]] = []
         self.storages: dict[int, str] = {}
+        self.raw: list[tuple[Tap, torch.UntypedStorage, torch.Tensor, int]] = []
+
+    def settle(self) -> None:
+        """Make calls of what the short hooks logged since the last time, in order."""
+        if self.raw:
+            with _settling:
+                entries = self.raw[:]
+                del self.raw[: len(entries)]  # the same list: its append is bound in the running thread
+                for tap, *entry in entries:
+                    tap.short.settle(self, self._call(tap.layer), *entry)
 
     def call(self, layer: Layer) -> Call:
+        self.settle()
+        return self._call(layer)
+
+    def _call(self, layer: Layer) -> Call:
         calls = self.calls[layer]
         call = Call(layer, len(calls), self.info)
         calls.append(call)
@@ -97,14 +125,17 @@ class Pass:
         return None
 
 
-class Receiver(Protocol):
-    """What a session delivers to. A taker runs in the hook: ``(pass, call, value)``.
+Deliver = Callable[[Call, str, torch.Tensor | None], torch.Tensor | None]
 
-    The value is ``(args, kwargs)`` for INPUT, what the module returned for OUTPUT, and ``(path, gradient, backward)``
-    for the gradients, where `backward` is the number of the backward pass. For the gradients ``pass`` is None.
+
+class Receiver(Protocol):
+    """What a session delivers to: its takers run in the hooks.
+
+    A taker of INPUT and OUTPUT is called as ``take(pass_, call, value)`` with the ``(args, kwargs)`` or what the module
+    returned; one of gradients as ``take(call, path, gradient, backward)``, with the number of the backward pass.
     """
 
-    def taker(self, layer: Layer, kind: Kind) -> Callable[[Any, Call, Any], None] | None: ...
+    def taker(self, layer: Layer, kind: Kind) -> Callable[..., None] | None: ...
 
     def begin(self, pass_: Pass) -> None: ...
 
@@ -117,8 +148,12 @@ class StopForward(Exception):
         self.session = session
 
 
+_settling = threading.Lock()
+
+
 class _Local(threading.local):
     current: Pass | None = None
+    log: Callable[[Any], None] | None = None  # appends to the current pass's `raw`; None where the short hook must not
     replays: tuple[int, dict[Any, int]] = (-1, {})
     replay_stack: tuple[tuple[Tap, Any], ...] = ()
 
@@ -127,6 +162,7 @@ class _Hook(functools.partial):  # type: ignore[type-arg]  # a partial: C speed,
     """A hook that becomes an inert one in a deep copy or a pickle of the model, which then needs no `probe` to load."""
 
     __torch_unserializable__ = True  # tensors that carry it may be saved: torch would warn otherwise
+    flag: bool | None = None  # of a module backward hook: the module's ``_is_full_backward_hook`` before any probe
 
     def __deepcopy__(self, memo: Any) -> Any:
         return contextlib.nullcontext().__exit__  # takes anything, returns None
@@ -141,10 +177,11 @@ class Tap:
     def __init__(self, layer: Layer, session: Session) -> None:
         self.layer = layer
         self.session = session
-        self.takers: dict[Kind, tuple[Callable[[Any, Call, Any], None], ...]] = {}
+        self.takers: dict[Kind, tuple[Callable[..., None], ...]] = {}
         self.edits: dict[Kind, tuple[Callable[[Any], Any], ...]] = {}
         self.stop = False
         self.fired = False
+        self.short: Any = None
         # (sequence number, weak call, index, info) of calls whose gradients come back by another road than a closure:
         # torch's module backward hook, and the recomputation of a reentrant checkpoint
         self.tickets: deque[tuple[int, weakref.ref[Call], int, PassInfo]] = deque(maxlen=4096)
@@ -154,31 +191,66 @@ class Tap:
 
     def register(self) -> list[Any]:
         """Put the hooks on; the handles."""
-        module, handles = self.layer.module, []
+        module = self.layer.module
+        handles: list[Any] = []
         by_module = self.session.backward == "module" and (self.asks(Kind.GRAD_OUTPUT) or self.asks(Kind.GRAD_INPUT))
         paired = by_module or self.asks(Kind.INPUT) or self.asks(Kind.GRAD_INPUT)
         try:
             if by_module:
-                flag = module._is_full_backward_hook
-                handles.append(module.register_full_backward_hook(_Hook(self._module_backward())))
-                handles.append(_Restore(functools.partial(_reset_full_flag, module, flag)))
+                handles.append(_FullBackwardHandle(module, _Hook(self._module_backward())))
             if paired:
                 handles.append(module.register_forward_pre_hook(_Hook(self._before(by_module)), with_kwargs=True))
             if paired or self.asks(Kind.OUTPUT) or self.asks(Kind.GRAD_OUTPUT) or self.stop:
-                after = _Hook(self._after(paired, by_module))
-                handles.append(module.register_forward_hook(after, always_call=paired))
+                after = self._after(paired, by_module)
+                self.short = None if paired or self.stop or self.asks(Kind.GRAD_OUTPUT) else self._only_taker()
+                hook = _Hook(after if self.short is None else self._short(after))
+                handles.append(module.register_forward_hook(hook, always_call=paired))
         except BaseException:
             for handle in handles:
                 handle.remove()
             raise
-        return handles[::-1]  # the full-backward flag can be reset only once its hook is gone
+        return handles
+
+    def _only_taker(self) -> Any:
+        """The taker of outputs, if it is the only one, nothing is edited, and it can take them without a call."""
+        takers = self.takers.get(Kind.OUTPUT, ())
+        alone = len(takers) == 1 and not self.edits.get(Kind.OUTPUT)
+        return takers[0] if alone and hasattr(takers[0], "settle") else None
+
+    def _short(self, after: Callable[..., Any]) -> Callable[..., Any]:
+        """The hook of a layer of which only the output is kept: it logs a snapshot, which becomes a call when read.
+
+        Its whole cost beyond a bare hook is one ``_lazy_clone`` and five attribute reads. Whatever is not a plain
+        tensor in a plain pass goes the long way round.
+        """
+        session, local, owner, taker = self.session, self.session.local, self.layer.module, self.short
+        lazy: Callable[[torch.Tensor], torch.Tensor] = torch._lazy_clone
+        plain, graph_task = torch.Tensor, _graph_task
+        ready = False  # learned on the long way: here snapshots share memory until somebody writes
+
+        def short(module: nn.Module, args: Any, output: Any) -> Any:
+            nonlocal ready
+            log = local.log
+            if not ready or log is None or type(output) is not plain or graph_task() != -1:
+                result = after(module, args, output)
+                ready = taker.shares
+                return result
+            if module is owner:
+                try:
+                    storage = output.untyped_storage()  # first: wrappers of torch.func refuse it
+                    kept = lazy(output.detach() if output.requires_grad else output)
+                    log((self, storage, kept, output._version if session.versions else -1))
+                except (RuntimeError, NotImplementedError):
+                    return after(module, args, output)
+            return None
+
+        return short
 
     def _before(self, by_module: bool) -> Callable[..., Any]:
         session, local, layer, owner = self.session, self.session.local, self.layer, self.layer.module
         takers, edits = self.takers.get(Kind.INPUT, ()), self.edits.get(Kind.INPUT, ())
         wants_grad = self.asks(Kind.GRAD_INPUT) and not by_module
         edits_grad = bool(self.edits.get(Kind.GRAD_INPUT)) and not by_module
-        sequence = torch.autograd._get_sequence_nr
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if module is not owner and not _is_replica(module):
@@ -197,14 +269,14 @@ class Tap:
             for take in takers:
                 take(pass_, call, (args, kwargs))
             if wants_grad or by_module:
-                call.shape_in, call.shape_kwargs = shape(inputs(args, kwargs)), shape(kwargs)
+                call.shape_in, call.shape_kwargs = shape(inputs(args, kwargs)), shape(kwargs) if kwargs else {}
             if edits_grad and torch.is_grad_enabled():
                 args, kwargs = self._separate(call, pass_.handles, args, kwargs)
                 edited = True
             elif wants_grad and torch.is_grad_enabled():
                 pass_.stack[-1] = (self, call, Edges(args, kwargs))
             if by_module:
-                self.tickets.append((sequence(), weakref.ref(call), call.index, call.info))
+                self.tickets.append((_sequence_number(), weakref.ref(call), call.index, call.info))
             return (args, kwargs) if edited else None
 
         return before
@@ -214,13 +286,14 @@ class Tap:
         takers, edits = self.takers.get(Kind.OUTPUT, ()), self.edits.get(Kind.OUTPUT, ())
         wants_output = self.asks(Kind.GRAD_OUTPUT) and not by_module
         wants_grad = wants_output or (self.asks(Kind.GRAD_INPUT) and not by_module)
+        hook_gradients = self._gradient_hooks(wants_output) if wants_grad else None
         copies_views = wants_output and session.copy_views
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             if module is not owner and not _is_replica(module):
                 return None
             if _graph_task() != -1:
-                return self._replay_after(output, wants_output) if wants_grad else None
+                return self._replay_after(output, hook_gradients) if hook_gradients is not None else None
             pass_ = local.current
             alone = pass_ is None and not paired
             if alone:
@@ -248,8 +321,8 @@ class Tap:
                     result = rebuild(result, _unview, opaque=_same)
                 for take in takers:
                     take(pass_, call, result)
-                if wants_grad:
-                    self._hook_gradients(pass_.handles, call, result, edges, wants_output)
+                if hook_gradients is not None:
+                    hook_gradients(pass_.handles, call, result, edges)
                 elif by_module:
                     call.shape_out = shape(result)
                     pass_.storages.update((s._cdata, layer.name) for _, t in leaves(result) if (s := storage_of(t)))
@@ -258,87 +331,100 @@ class Tap:
                 return None if result is output else result
             finally:
                 if pass_.outermost is module and not pass_.stack and pass_.depth == 1 and not session.is_scope(module):
-                    session.end(pass_)
+                    session.end(pass_, whole=sys.exc_info()[1] is None)
 
         return after
 
-    def _hook_gradients(self, handles: list[Any], call: Call, output: Any, edges: Edges | None, grads: bool) -> None:
-        call.shape_out = shape(output)
-        tensors = [(path, tensor) for path, tensor in leaves(output) if tensor.requires_grad]
-        if not tensors:
-            if not torch.is_grad_enabled() and call.info.grad_enabled:  # perhaps a reentrant checkpoint's first run
-                ticket = (torch.autograd._get_sequence_nr(), weakref.ref(call), call.index, call.info)
-                self.tickets.append(ticket)
-            return
-        call.needs_grad = True
-        if edges is not None and edges.paths:
-            self._hook_inputs(handles, call, tensors, edges)
-        if grads:
-            deliver = self._deliver(Kind.GRAD_OUTPUT)
-            edits = self.edits.get(Kind.GRAD_OUTPUT, ())
-            for path, tensor in tensors:
-                self._hook_tensor(handles, tensor, _Hook(_on_tensor, deliver, call, path, edits))
-                if tensor._is_view():
-                    call.views = (*call.views, (path, tensor.detach(), version(tensor)))
+    def _gradient_hooks(self, wants_output: bool) -> Callable[[list[Any], Call, Any, Edges | None], None]:
+        """The function that puts hooks on the graph of one call: on its outputs, and on what consumes its inputs."""
+        at_output = self._on_gradient(Kind.GRAD_OUTPUT) if wants_output else None
+        at_input = self._on_gradient(Kind.GRAD_INPUT)
+        tensor_type, hook_leaf = torch.Tensor, self.session.hook_leaf
 
-    def _hook_inputs(self, handles: list[Any], call: Call, tensors: list[tuple[str, Any]], edges: Edges) -> None:
-        deliver = self._deliver(Kind.GRAD_INPUT)
+        def hook(handles: list[Any], call: Call, output: Any, edges: Edges | None) -> None:
+            call.shape_out = shape(output)
+            if type(output) is tensor_type:
+                tensors = [("", output)] if output.requires_grad else []
+            else:
+                tensors = [(path, tensor) for path, tensor in leaves(output) if tensor.requires_grad]
+            if not tensors:
+                if not torch.is_grad_enabled() and call.info.grad_enabled:  # perhaps a reentrant checkpoint's first run
+                    self.tickets.append((_sequence_number(), weakref.ref(call), call.index, call.info))
+                return
+            call.needs_grad = True
+            if edges is not None and edges.paths:
+                self._hook_inputs(handles, call, tensors, edges, at_input)
+            if at_output is not None:
+                for path, tensor in tensors:
+                    if tensor.grad_fn is None:  # a leaf of the user's or the model's: leave it as it was, and soon
+                        hook_leaf(tensor, _Hook(at_output, call, path))
+                        continue
+                    handles.append(tensor.register_hook(_Hook(at_output, call, path)))
+                    if tensor._is_view():
+                        call.views = (*call.views, (path, tensor.detach(), version(tensor)))
+
+        return hook
+
+    def _hook_inputs(
+        self, handles: list[Any], call: Call, tensors: list[tuple[str, Any]], edges: Edges, deliver: Deliver
+    ) -> None:
         consumers, passed = edges.consumers(tensors)
-        shares: dict[str, _Share] = {}
-        for node, position, paths in consumers:
+        for paths, nodes in consumers:
             if paths[0] in passed:
                 continue
-            share = shares.get(paths[0])
-            if share is None:
-                share = shares[paths[0]] = _Share(deliver, call, paths)
+            if len(nodes) == 1:
+                node, position = nodes[0]
+                handles.append(node.register_hook(_Hook(_collect, deliver, call, paths, position)))
             else:
-                share.alone = False
-            handles.append(node.register_hook(_Hook(share.collect, position)))
+                share = _Share(deliver, call, paths)
+                handles.extend(node.register_hook(_Hook(share.collect, position)) for node, position in nodes)
             if len(paths) > 1:
                 call.note(f"the same tensor came in as {', '.join(map(repr, paths))}: each shows the gradient of all")
-        for _, tensor in tensors:
-            for own in edges.paths.get((tensor.grad_fn, tensor.output_nr), ()) if passed else ():
-                self._hook_tensor(handles, tensor, _Hook(_on_tensor, deliver, call, own, ()))
+        for _, tensor in tensors if passed else ():
+            for path in edges.paths.get(edge(tensor), ()):
+                if tensor.grad_fn is None:
+                    self.session.hook_leaf(tensor, _Hook(deliver, call, path))
+                else:
+                    handles.append(tensor.register_hook(_Hook(deliver, call, path)))
         if passed:
             call.note("pass-through: the output is the input, so grad_input is the gradient of the whole tensor")
-        if lost := [path for path in edges.overwritten_views() if path not in shares and path not in passed]:
+        if edges.views and (lost := edges.overwritten_views(consumers, passed)):
             call.note(f"grad_input{lost[0]} is lost: the input is a view and the module writes to it in place")
-
-    def _hook_tensor(self, handles: list[Any], tensor: torch.Tensor, hook: Any) -> None:
-        if tensor.grad_fn is None:  # a leaf of the user's or the model's: leave it as it was, and soon
-            self.session.hook_leaf(tensor, hook)
-        else:
-            handles.append(tensor.register_hook(hook))
 
     def _separate(self, call: Call, handles: list[Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Copies of the input tensors that only this module consumes, so that an edit of its share touches no other."""
-        deliver, edits = self._deliver(Kind.GRAD_INPUT), self.edits[Kind.GRAD_INPUT]
+        on_gradient = self._on_gradient(Kind.GRAD_INPUT)
 
         def copied(path: str, tensor: torch.Tensor) -> torch.Tensor:
             if not tensor.requires_grad:
                 return tensor
             copy = tensor.clone()
-            handles.append(copy.register_hook(_Hook(_on_tensor, deliver, call, path, edits)))
+            handles.append(copy.register_hook(_Hook(on_gradient, call, path)))
             return copy
 
-        given = rebuild(inputs(args, kwargs), copied, opaque=_same)
-        args, kwargs = _put(args, kwargs, given)
+        args, kwargs = _put(args, kwargs, rebuild(inputs(args, kwargs), copied, opaque=_same))
         if args and kwargs:
             kwargs = rebuild(kwargs, lambda path, tensor: copied(f"kwargs{path}", tensor), opaque=_same)
         return args, kwargs
 
-    def _deliver(self, kind: Kind) -> Callable[[Call, str, torch.Tensor], None]:
-        takers, session = self.takers.get(kind, ()), self.session
+    def _on_gradient(self, kind: Kind) -> Deliver:
+        """The function that every gradient of one kind goes through: edits, then takers."""
+        takers, edits, session = self.takers.get(kind, ()), self.edits.get(kind, ()), self.session
+        graph_task = _graph_task
 
-        def deliver(call: Call, path: str, gradient: torch.Tensor) -> None:
-            if session.closed:
-                return
-            backward = _graph_task()
+        def on_gradient(call: Call, path: str, gradient: torch.Tensor | None) -> torch.Tensor | None:
+            if gradient is None or session.closed:  # None: from a custom Function that returned it
+                return None
+            edited = gradient
+            for edit in edits:
+                edited = edit(edited)
+            backward = graph_task()
             call.info.backwards.add(backward)
             for take in takers:
-                take(None, call, (path, gradient, backward))
+                take(call, path, edited, backward)
+            return None if edited is gradient else edited
 
-        return deliver
+        return on_gradient
 
     def _replay_before(self, args: tuple[Any, ...], kwargs: dict[str, Any], wants_grad: bool) -> None:
         """Recomputation under activation checkpointing, inside backward: no new call, only gradients are of use."""
@@ -346,7 +432,7 @@ class Tap:
         local = self.session.local
         local.replay_stack = (*local.replay_stack, (self, edges))
 
-    def _replay_after(self, output: Any, wants_output: bool) -> None:
+    def _replay_after(self, output: Any, hook_gradients: Callable[[list[Any], Call, Any, Edges | None], None]) -> None:
         local = self.session.local
         edges = None
         while local.replay_stack:  # early stop leaves modules behind that were entered and not left
@@ -362,10 +448,15 @@ class Tap:
             local.replays = (_graph_task(), {})
         key = (number, self.layer)
         nth = local.replays[1].get(key, 0)
-        later = [ticket for ticket in self.tickets if ticket[0] > number]
+        later = [ticket for ticket in self._own_tickets() if ticket[0] > number]
         if nth < len(later):
             local.replays[1][key] = nth + 1
-            self._hook_gradients(self.session.handles(), self.redeem(later[nth]), output, edges, wants_output)
+            hook_gradients(self.session.handles(), self.redeem(later[nth]), output, edges)
+
+    def _own_tickets(self) -> list[tuple[int, weakref.ref[Call], int, PassInfo]]:
+        """The tickets of this thread's passes, as every thread numbers its nodes itself; all on a device's thread."""
+        tickets = list(self.tickets)
+        return [ticket for ticket in tickets if ticket[3].thread == threading.get_ident()] or tickets
 
     def redeem(self, ticket: tuple[int, weakref.ref[Call], int, PassInfo]) -> Call:
         """The call that a ticket stands for, or one like it where nobody keeps the call any more."""
@@ -373,69 +464,54 @@ class Tap:
         return call() or Call(self.layer, index, info)
 
     def _module_backward(self) -> Callable[..., Any]:
-        into, out = self._deliver(Kind.GRAD_INPUT), self._deliver(Kind.GRAD_OUTPUT)
-        edits_in, edits_out = self.edits.get(Kind.GRAD_INPUT, ()), self.edits.get(Kind.GRAD_OUTPUT, ())
+        into, out = self._on_gradient(Kind.GRAD_INPUT), self._on_gradient(Kind.GRAD_OUTPUT)
+        refused = bool(self.edits.get(Kind.GRAD_OUTPUT))
         session = self.session
 
         def backward(module: nn.Module, grad_input: Any, grad_output: Any) -> Any:
             node = torch._C._current_autograd_node()
-            before = [t for t in self.tickets if node is not None and t[0] <= node._sequence_nr()]
+            before = [t for t in self._own_tickets() if node is not None and t[0] <= node._sequence_nr()]
             if not before or session.closed:
                 return None
             call = self.redeem(before[-1])
             call.needs_grad = True
-            if edits_out:
+            if refused:
                 raise RuntimeError(
                     f"{self.layer.name!r}: torch's module backward hook cannot change grad_output; "
-                    'use Probe(..., backward="tensor"), the default, to edit it'
+                    'leave backward="module" out to edit it'
                 )
             for path, gradient in _module_paths(grad_output):
                 out(call, path, gradient)
-            result = grad_input
-            for edit in edits_in:
-                result = tuple(None if g is None else edit(g) for g in result)
-            for path, gradient in _module_paths(result):
-                into(call, path, gradient)
-            return None if result is grad_input else result
+            edited = [into(call, path, gradient) for path, gradient in _module_paths(grad_input)]
+            if all(each is None for each in edited):
+                return None
+            return tuple(old if new is None else new for old, new in zip(grad_input, edited, strict=True))
 
         return backward
 
 
-def _on_tensor(
-    deliver: Callable[[Call, str, torch.Tensor], None],
-    call: Call,
-    path: str,
-    edits: tuple[Callable[[Any], Any], ...],
-    gradient: torch.Tensor | None,
-) -> torch.Tensor | None:
-    if gradient is None:  # a custom Function that returned None
-        return None
-    edited = gradient
-    for edit in edits:
-        edited = edit(edited)
-    deliver(call, path, edited)
-    return None if edited is gradient else edited
+def _collect(
+    deliver: Deliver, call: Call, paths: list[str], position: int, grad_inputs: tuple[Any, ...], _: Any
+) -> None:
+    """The hook of the only node that consumes an input: what it hands back is the module's whole share."""
+    for path in paths:
+        deliver(call, path, grad_inputs[position])
 
 
 class _Share:
-    """The gradient that one call hands back to one of its inputs: the sum of what the consuming nodes hand back."""
+    """The gradient that one call hands back to one of its inputs: the sum of what several nodes hand back."""
 
-    __slots__ = ("alone", "call", "deliver", "paths", "sums")
+    __slots__ = ("call", "deliver", "paths", "sums")
 
-    def __init__(self, deliver: Callable[[Call, str, torch.Tensor], None], call: Call, paths: list[str]) -> None:
+    def __init__(self, deliver: Deliver, call: Call, paths: list[str]) -> None:
         self.deliver = deliver
         self.call = call
         self.paths = paths
-        self.alone = True
         self.sums: dict[int, torch.Tensor] = {}
 
     def collect(self, position: int, grad_inputs: tuple[Any, ...], grad_outputs: tuple[Any, ...]) -> None:
         gradient = grad_inputs[position]
         if gradient is None:
-            return
-        if self.alone:
-            for path in self.paths:
-                self.deliver(self.call, path, gradient)
             return
         backward = _graph_task()
         if backward in self.sums:
@@ -461,10 +537,9 @@ def _unview(path: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.requires_grad and tensor._is_view() else tensor
 
 
-def _module_paths(gradients_: Any) -> list[tuple[str, torch.Tensor]]:
-    given = (gradients_,) if isinstance(gradients_, torch.Tensor) else gradients_
-    single = len(given) == 1
-    return [("" if single else f"[{i}]", g) for i, g in enumerate(given) if g is not None]
+def _module_paths(gradients: Any) -> list[tuple[str, torch.Tensor | None]]:
+    given = (gradients,) if isinstance(gradients, torch.Tensor) else gradients
+    return [("" if len(given) == 1 else f"[{i}]", gradient) for i, gradient in enumerate(given)]
 
 
 def _is_replica(module: nn.Module) -> bool:
@@ -477,16 +552,21 @@ def _put(args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> tuple[tup
     return (args, value) if kwargs and not args else (tuple(value), kwargs)
 
 
-def _reset_full_flag(module: nn.Module, flag: bool | None) -> None:
-    if not module._backward_hooks:
-        module._is_full_backward_hook = flag
+class _FullBackwardHandle:
+    """A module backward hook whose removal also gives back the flag that torch leaves, which forbids legacy hooks."""
 
+    def __init__(self, module: nn.Module, hook: _Hook) -> None:
+        # a hook of another probe knows what the flag was before: probes may leave in any order
+        others = [other.flag for other in module._backward_hooks.values() if isinstance(other, _Hook)]
+        hook.flag = others[0] if others else module._is_full_backward_hook
+        self.module = module
+        self.hook = hook
+        self.handle = module.register_full_backward_hook(hook)
 
-class _Restore:
-    """An undo step that looks like a hook's handle."""
-
-    def __init__(self, undo: Callable[[], None]) -> None:
-        self.remove = undo
+    def remove(self) -> None:
+        self.handle.remove()
+        if not self.module._backward_hooks:
+            self.module._is_full_backward_hook = self.hook.flag
 
 
 class Session:
@@ -500,6 +580,8 @@ class Session:
         self.closed = True
         self.step = 0
         self.passes = 0
+        self.whole_passes = 0  # those that no exception ended
+        self.versions = True  # False in inference mode, where tensors count no versions
         self.tag: str | None = None
         self.receivers: list[Receiver] = []
         self.taps: dict[Layer, Tap] = {}
@@ -508,7 +590,7 @@ class Session:
         self._active: set[Pass] = set()
         self._tensor_handles: list[list[Any]] = []
         self._leaves: list[tuple[Any, torch.Tensor, bool]] = []
-        self._prune_at = 64
+        self._prune_at = 2
         self._lock = threading.Lock()
 
     def attach(self, scopes: Iterable[nn.Module]) -> None:
@@ -541,7 +623,7 @@ class Session:
         for pass_ in active:
             pass_.open = False
             pass_.stack.clear()
-        self.local.current = None
+        self.local.current = self.local.log = None
         self.local.replay_stack = ()
         for handles in lists:
             for handle in handles:
@@ -561,19 +643,22 @@ class Session:
         pass_ = Pass(
             module, PassInfo(self.step, self.tag or ("train" if self.model.training else "eval")), self.handles()
         )
-        pass_.open = not (torch.jit.is_tracing() or torch.compiler.is_exporting())
+        pass_.open = not (torch._C._is_tracing() or torch.compiler.is_exporting())
         with self._lock:
             self.passes += 1
             self._active.add(pass_)
         self.local.current = pass_
         self._release_leaves()
         if pass_.open:
+            self.versions = not torch.is_inference_mode_enabled()
+            self.local.log = pass_.raw.append
             for receiver in self.receivers:
                 receiver.begin(pass_)
         return pass_
 
-    def end(self, pass_: Pass) -> None:
-        self.local.current = None
+    def end(self, pass_: Pass, *, whole: bool) -> None:
+        self.whole_passes += whole
+        self.local.current = self.local.log = None
         pass_.stack.clear()
         with self._lock:
             self._active.discard(pass_)
@@ -582,16 +667,14 @@ class Session:
         """A new list for the handles of hooks on tensors; lists whose graphs are gone are dropped now and then."""
         fresh: list[Any] = []
         with self._lock:
+            if len(self._tensor_handles) >= self._prune_at:
+                running = {id(pass_.handles) for pass_ in self._active}  # their threads append to them
+                for handles in self._tensor_handles:
+                    if id(handles) not in running:
+                        handles[:] = [handle for handle in handles if handle.hooks_dict_ref() is not None]
+                self._tensor_handles = [each for each in self._tensor_handles if each or id(each) in running]
+                self._prune_at = 2 * len(self._tensor_handles) + 2
             self._tensor_handles.append(fresh)
-            if len(self._tensor_handles) > self._prune_at:
-                live = [[h for h in each if h.hooks_dict_ref() is not None] for each in self._tensor_handles[:-1]]
-                # lists of passes still running are appended to by their threads: keep those very lists
-                running = {id(pass_.handles) for pass_ in self._active}
-                kept = [
-                    old if id(old) in running else new for old, new in zip(self._tensor_handles, live, strict=False)
-                ]
-                self._tensor_handles = [each for each in kept if each or id(each) in running] + [fresh]
-                self._prune_at = 2 * len(self._tensor_handles) + 64
         return fresh
 
     def hook_leaf(self, tensor: torch.Tensor, hook: Any) -> None:
@@ -616,7 +699,7 @@ class Session:
         elif pass_.outermost is module or module is self.model:
             # A model that calls itself, or one whose last forward was interrupted (no hook runs on KeyboardInterrupt)?
             if _running(pass_.outermost) < pass_.depth + (pass_.outermost is module):
-                self.end(pass_)
+                self.end(pass_, whole=False)
                 self.begin(module)
             elif pass_.outermost is module:
                 pass_.depth += 1
@@ -624,19 +707,19 @@ class Session:
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         pass_ = self.local.current
         if pass_ is not None and pass_.outermost is module:
-            error = sys.exc_info()[1]
-            if output is None and error is not None:
+            error = sys.exc_info()[1] if output is None else None
+            if error is not None:
                 self.explain(error, pass_)
             pass_.depth -= 1
             if pass_.depth == 0:
-                self.end(pass_)
+                self.end(pass_, whole=error is None)
 
     def explain(self, error: BaseException | None, pass_: Pass) -> None:
         """Make torch's error about its module backward hook name the module whose output was overwritten."""
         if self.backward != "module" or not isinstance(error, RuntimeError):
             return
         text = str(error)
-        if "BackwardHookFunctionBackward" not in text or "inplace" not in text or "Probe(" in text:
+        if "BackwardHookFunction" not in text or "inplace" not in text or "Probe(" in text:
             return
         name = next((pass_.storages[key] for key in _storages_near(error) if key in pass_.storages), None)
         who = "a probed module" if name is None else repr(name)

@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -16,9 +16,9 @@ from probe.capture import Capture, Kind
 from probe.graph import version
 from probe.hooks import Call, Pass, Session
 from probe.select import Layer
-from probe.tree import input_leaves, leaves, rebuild, snapshot, storage_of
+from probe.tree import data_address, input_leaves, leaves, rebuild, snapshot, storage_of
 
-Taker = Callable[[Any, Call, Any], None]
+Taker = Callable[..., None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +72,25 @@ class Adapter:
             return None
         emit = self._bound(layer, kind) if isinstance(self.observer, Observer) else self._plain(layer, kind)
 
-        def take(pass_: Any, call: Call, value: Any) -> None:
+        def deliver(call: Call, tensors: list[tuple[str, torch.Tensor]]) -> None:
             try:
                 with quiet():
-                    for path, tensor in _tensors(kind, value):
+                    for path, tensor in tensors:
                         emit(call, path, tensor)
             except Exception as error:
                 error.add_note(f"raised by {self.observer!r} at layer {layer.name!r}, {kind.label}")
                 raise
 
-        return take
+        def take_input(pass_: Pass, call: Call, value: Any) -> None:
+            deliver(call, input_leaves(*value))
+
+        def take_output(pass_: Pass, call: Call, value: Any) -> None:
+            deliver(call, leaves(value))
+
+        def take_gradient(call: Call, path: str, gradient: torch.Tensor, backward: int) -> None:
+            deliver(call, [(path, gradient)])
+
+        return {Kind.INPUT: take_input, Kind.OUTPUT: take_output}.get(kind, take_gradient)
 
     def _bound(self, layer: Layer, kind: Kind) -> Callable[[Call, str, torch.Tensor], None]:
         functions: dict[tuple[int, str, str], Callable[[torch.Tensor], Any] | None] = {}
@@ -119,28 +128,22 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def _tensors(kind: Kind, value: Any) -> list[tuple[str, torch.Tensor]]:
-    if kind is Kind.INPUT:
-        return input_leaves(*value)
-    if kind is Kind.OUTPUT:
-        return leaves(value)
-    return [(value[0], value[1])]
-
-
 class Backward:
-    """What one backward pass brought to one call, by path."""
+    """What one backward pass brought to one call, by path; None: nothing yet."""
 
     __slots__ = ("grad_input", "grad_output", "number")
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.grad_output: dict[str, torch.Tensor] = {}
-        self.grad_input: dict[str, torch.Tensor] = {}
+        self.grad_output: dict[str, torch.Tensor] | None = None
+        self.grad_input: dict[str, torch.Tensor] | None = None
 
 
-@dataclass(slots=True)
-class Seen:
-    """A captured tensor and the storage it was taken from, to tell later whether that was written to."""
+class Seen(NamedTuple):
+    """A captured tensor and the storage it was taken from, to tell later whether that was written to.
+
+    In the hooks it is a bare tuple in this order: making one costs a tenth of making a `Seen`.
+    """
 
     kind: Kind
     call: Call
@@ -148,7 +151,7 @@ class Seen:
     kept: torch.Tensor
     storage: torch.UntypedStorage | None
     version: int
-    geometry: tuple[tuple[int, ...], int] | None = None  # strides and offset in the storage, where not those of `kept`
+    geometry: tuple[Any, Any] | None  # strides and offset in the storage, where they are not those of `kept`
 
 
 class Store:
@@ -202,15 +205,19 @@ class Store:
         """The kept passes, the oldest first: this thread's own, or everybody's latest where it has none."""
         with self._lock:
             rings = self._rings() or self._latest
-            return [
-                pass_ for _, pass_ in sorted((item for ring in rings.values() for item in ring), key=lambda x: x[0])
-            ]
+            items = sorted((item for ring in rings.values() for item in ring), key=lambda item: item[0])
+            for _, pass_ in items:
+                pass_.settle()
+            return [pass_ for _, pass_ in items]
 
     def calls(self, layer: Layer) -> list[Call]:
         """All calls of the layer in the last kept pass that contains it: this thread's own, else the latest."""
         with self._lock:
             for rings in (self._rings(), self._latest):
-                found = [(n, p.calls[layer]) for ring in rings.values() for n, p in ring if p.calls.get(layer)]
+                kept = [item for ring in rings.values() for item in ring]
+                for _, pass_ in kept:
+                    pass_.settle()
+                found = [(number, pass_.calls[layer]) for number, pass_ in kept if pass_.calls.get(layer)]
                 if found:
                     return max(found, key=lambda item: item[0])[1]
         return []
@@ -218,46 +225,58 @@ class Store:
     def taker(self, layer: Layer, kind: Kind) -> Taker | None:
         if not self.keep or kind not in self.kinds:
             return None
-        takers = {Kind.INPUT: _take_input, Kind.GRAD_INPUT: _take_grad_input, Kind.GRAD_OUTPUT: _take_grad_output}
-        return takers.get(kind) or _output_taker()
+        takers: dict[Kind, Taker] = {
+            Kind.INPUT: _take_input,
+            Kind.GRAD_INPUT: _take_grad_input,
+            Kind.GRAD_OUTPUT: _take_grad_output,
+        }
+        return takers.get(kind) or _TakeOutput()
 
 
-def _output_taker() -> Taker:
-    lazy: Callable[[torch.Tensor], torch.Tensor] = torch._lazy_clone
-    plain = False  # learned at the first call: snapshots here are copy-on-write, so the short way is right
+class _TakeOutput:
+    """Keeps outputs. Once a snapshot of the layer's output was copy-on-write, `shares` allows the short hook."""
 
-    def take(pass_: Pass, call: Call, value: Any) -> None:
-        nonlocal plain
-        if plain and type(value) is torch.Tensor:
-            try:
-                storage = value.untyped_storage()  # refused by wrappers of torch.func, which snapshot() unwraps
-                kept = lazy(value.detach() if value.requires_grad else value)
-                pass_.events.append(Seen(Kind.OUTPUT, call, "", kept, storage, version(value)))
-                call.output = kept
-                return
-            except (RuntimeError, NotImplementedError):
-                plain = False
-        call.output = _keep(pass_, Kind.OUTPUT, call, value)
-        if type(value) is torch.Tensor and isinstance(call.output, torch.Tensor):
-            plain = _shares(value, call.output)
+    def __init__(self) -> None:
+        self.shares = False
 
-    return take
+    def __call__(self, pass_: Pass, call: Call, value: Any) -> None:
+        call.output = _keep(pass_, _OUTPUT, call, value)
+        plain = type(value) is torch.Tensor and isinstance(call.output, torch.Tensor)
+        self.shares = plain and _shares(value, call.output)
+
+    def settle(self, pass_: Pass, call: Call, storage: torch.UntypedStorage, kept: torch.Tensor, count: int) -> None:
+        """Take what the short hook logged."""
+        call.output = kept
+        pass_.events.append((_OUTPUT, call, "", kept, storage, count, None))
 
 
 def _shares(live: torch.Tensor, kept: torch.Tensor) -> bool:
     try:
-        return torch._C._data_address(live) == torch._C._data_address(kept)
+        return data_address(live) == data_address(kept)
     except (RuntimeError, NotImplementedError):
         return False
 
 
+_INPUT, _OUTPUT = Kind.INPUT, Kind.OUTPUT  # reading a member of a Flag costs more than a global
+
+
 def _keep(pass_: Pass, kind: Kind, call: Call, value: Any, prefix: str = "") -> Any:
+    if type(value) is torch.Tensor:  # nearly always, so the short way is written out
+        try:
+            storage = value.untyped_storage()
+            if storage.nbytes() <= 4 * value.nbytes + 4096:
+                kept = torch._lazy_clone(value.detach() if value.requires_grad else value)
+                pass_.events.append((kind, call, prefix, kept, storage, version(value), None))
+                return kept
+        except (RuntimeError, NotImplementedError):
+            pass
+
     def visit(path: str, tensor: torch.Tensor) -> torch.Tensor | None:
         kept = snapshot(tensor)
         if kept is not None:
             storage = storage_of(tensor)
             geometry = None if storage is None else (tensor.stride(), tensor.storage_offset())
-            pass_.events.append(Seen(kind, call, prefix + path, kept, storage, version(tensor), geometry))
+            pass_.events.append((kind, call, prefix + path, kept, storage, version(tensor), geometry))
         return kept
 
     return rebuild(value, visit)
@@ -265,26 +284,30 @@ def _keep(pass_: Pass, kind: Kind, call: Call, value: Any, prefix: str = "") -> 
 
 def _take_input(pass_: Pass, call: Call, value: Any) -> None:
     args, kwargs = value
-    call.args = _keep(pass_, Kind.INPUT, call, args)
-    call.kwargs = _keep(pass_, Kind.INPUT, call, kwargs, "kwargs") if kwargs else {}
+    # one positional argument, nearly always: not walked as a tuple
+    call.args = (_keep(pass_, _INPUT, call, args[0]),) if len(args) == 1 else _keep(pass_, _INPUT, call, args)
+    call.kwargs = _keep(pass_, _INPUT, call, kwargs, "kwargs") if kwargs else {}
 
 
 def _backward(call: Call, number: int) -> Backward:
-    if not call.backwards or call.backwards[-1].number != number:
-        call.backwards = [*call.backwards, Backward(number)]
-    backward: Backward = call.backwards[-1]
+    backwards = call.backwards
+    if backwards and backwards[-1].number == number:
+        last: Backward = backwards[-1]
+        return last
+    backward = Backward(number)
+    call.backwards = (*backwards, backward)
     return backward
 
 
-def _take_grad_output(pass_: Any, call: Call, value: Any) -> None:
-    path, gradient, number = value
+def _take_grad_output(call: Call, path: str, gradient: torch.Tensor, number: int) -> None:
     kept = snapshot(gradient)
     if kept is not None:
-        _backward(call, number).grad_output[path] = kept
+        backward = _backward(call, number)
+        backward.grad_output = {**(backward.grad_output or {}), path: kept}
 
 
-def _take_grad_input(pass_: Any, call: Call, value: Any) -> None:
-    path, gradient, number = value
+def _take_grad_input(call: Call, path: str, gradient: torch.Tensor, number: int) -> None:
     kept = snapshot(gradient)
     if kept is not None:
-        _backward(call, number).grad_input[path] = kept
+        backward = _backward(call, number)
+        backward.grad_input = {**(backward.grad_input or {}), path: kept}

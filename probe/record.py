@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 
 from probe.capture import Kind
-from probe.hooks import UNSET, Call
+from probe.hooks import UNSET, Call, Pass
 from probe.observers import Backward, Seen
 from probe.select import Layer
-from probe.tree import fill, inputs
+from probe.tree import data_address, fill, inputs
 
 
 class Reading:
@@ -54,16 +54,16 @@ class BackwardRecord:
 
     @property
     def grad_output(self) -> Any:
-        return fill(self._call.shape_out, self._backward.grad_output)
+        return fill(self._call.shape_out, self._backward.grad_output or {})
 
     @property
     def grad_input(self) -> Any:
-        return fill(self._call.shape_in, self._backward.grad_input)
+        return fill(self._call.shape_in, self._backward.grad_input or {})
 
     @property
     def grad_kwargs(self) -> Any:
         alone = isinstance(self._call.shape_in, dict) and self._call.shape_in.keys() == self._call.shape_kwargs.keys()
-        return fill(self._call.shape_kwargs, self._backward.grad_input, "" if alone else "kwargs")
+        return fill(self._call.shape_kwargs, self._backward.grad_input or {}, "" if alone else "kwargs")
 
 
 class Record:
@@ -196,7 +196,7 @@ def why_no_gradient(call: Call, kind: Kind) -> str | None:
 
 def lost_views(call: Call) -> list[str]:
     """Paths of outputs whose gradient hook torch dropped: views that were written to in place."""
-    came = {path for each in call.backwards for path in each.grad_output}
+    came = {path for each in call.backwards for path in each.grad_output or ()}
     return [path for path, alias, before in call.views if path not in came and alias._version != before]
 
 
@@ -265,8 +265,9 @@ def _cell(value: Any) -> str:
     return "" if value is None else value if value else '""'
 
 
-def overwritten(events: list[Seen]) -> list[OverwrittenRow]:
+def overwritten(pass_: Pass) -> list[OverwrittenRow]:
     """Which outputs of a pass were written to after they were captured, by whom, and how much of them."""
+    events = [Seen(*event) for event in pass_.events]
     rows: dict[str, OverwrittenRow] = {}
     for position, seen in enumerate(events):
         share = _share(seen) if seen.kind is Kind.OUTPUT else 0.0
@@ -284,7 +285,7 @@ def _share(seen: Seen) -> float:
     stride, offset = seen.geometry or (kept.stride(), kept.storage_offset())
     with torch.no_grad(), torch.inference_mode(False):
         now = torch.empty(0, dtype=kept.dtype, device=kept.device).set_(storage, offset, kept.shape, stride)
-        if torch._C._data_address(now) == torch._C._data_address(kept):
+        if data_address(now) == data_address(kept):
             return 0.0  # still one memory: nobody wrote
         return float(_differ(kept, now).double().mean())
 

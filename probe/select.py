@@ -117,7 +117,7 @@ def default(every: list[Layer]) -> list[Layer]:
         for layer in every
         if id(layer.module) not in inside
         and not isinstance(layer.module, _CONTAINERS)
-        and (isinstance(layer.module, WORKS_INSIDE) or not set(layer.module._modules) - {"parametrizations"})
+        and (isinstance(layer.module, WORKS_INSIDE) or not set(layer.module._modules.keys()) - {"parametrizations"})
     ]
 
 

@@ -79,9 +79,12 @@ class Slot:
         self.path = path
 
 
+_SOLE = Slot("")
+
+
 def shape(value: Any) -> Any:
     """The structure of `value` with a `Slot` in place of every tensor."""
-    return rebuild(value, lambda path, _: Slot(path))
+    return _SOLE if isinstance(value, torch.Tensor) else rebuild(value, lambda path, _: Slot(path))
 
 
 def fill(shape_: Any, tensors: Mapping[str, torch.Tensor], prefix: str = "") -> Any:
@@ -162,29 +165,20 @@ def snapshot(tensor: torch.Tensor) -> torch.Tensor | None:
     ``data_ptr()`` never moves) and small views of a large storage (which would keep all of it alive). Tensors of
     ``torch.func`` transforms come out unwrapped, at full batch.
     """
+    if type(tensor) is torch.Tensor:  # nearly always; isinstance(tensor, Parameter) alone costs more than all of this
+        try:
+            storage = tensor.untyped_storage()  # refused where there is none, and by wrappers of torch.func
+            if storage.nbytes() <= 4 * tensor.nbytes + 4096:
+                return torch._lazy_clone(tensor.detach())
+            return tensor.detach().clone()
+        except (RuntimeError, NotImplementedError):
+            pass
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        value = (
-            tensor.detach().clone()
-        )  # clone first: unwrapping first keeps a wrapper that is dead after the transform
+        value = tensor.detach().clone()  # first: what is unwrapped first can be a wrapper dead after the transform
         while torch._C._functorch.is_functorch_wrapped_tensor(value):
             value = torch._C._functorch.get_unwrapped(value)
         return value.detach()
-    if is_fake(tensor):
-        return None
-    value = tensor.detach()
-    if not isinstance(tensor, torch.nn.Parameter) and not _pins_much(value):
-        try:
-            return torch._lazy_clone(value)
-        except (RuntimeError, NotImplementedError, TypeError):
-            pass
-    return value.clone()
-
-
-def _pins_much(tensor: torch.Tensor) -> bool:
-    try:
-        return tensor.untyped_storage().nbytes() > 4 * tensor.nbytes + 4096
-    except (RuntimeError, NotImplementedError):
-        return True  # no storage to share
+    return None if is_fake(tensor) else tensor.detach().clone()
 
 
 def is_fake(tensor: torch.Tensor) -> bool:
@@ -201,3 +195,9 @@ def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage | None:
         return tensor.untyped_storage()
     except (RuntimeError, NotImplementedError):
         return None
+
+
+def data_address(tensor: torch.Tensor) -> int:
+    """Where the first element lies. Unlike ``data_ptr()`` this does not count as a write to a copy-on-write tensor."""
+    address: int = torch._C._data_address(tensor)  # type: ignore[attr-defined]
+    return address

@@ -1,0 +1,76 @@
+"""The models that are timed, with random weights and random inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block with causal attention."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    """A small GPT: token and position embeddings, `depth` blocks, a head."""
+
+    def __init__(self, depth: int = 6, width: int = 256, heads: int = 8, vocabulary: int = 512, length: int = 512) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.positions = nn.Embedding(length, width)
+        self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
+        return self.head(self.norm(self.blocks(x)))
+
+
+def gpt(batch: int = 4, length: int = 128) -> tuple[nn.Module, torch.Tensor]:
+    """A GPT of 6 layers, width 256."""
+    return GPT(), torch.randint(0, 512, (batch, length))
+
+
+def mlp200(batch: int = 8) -> tuple[nn.Module, torch.Tensor]:
+    """200 layers of Linear(64, 64): nothing but the cost of calling modules."""
+    return nn.Sequential(*[nn.Linear(64, 64) for _ in range(200)]), torch.randn(batch, 64)
+
+
+def resnet18(batch: int = 1, size: int = 224) -> tuple[nn.Module, torch.Tensor]:
+    """torchvision's resnet18."""
+    from torchvision.models import resnet18
+
+    return resnet18(), torch.randn(batch, 3, size, size)
+
+
+def vit_b_16(batch: int = 1) -> tuple[nn.Module, torch.Tensor]:
+    """torchvision's vit_b_16."""
+    from torchvision.models import vit_b_16
+
+    return vit_b_16(), torch.randn(batch, 3, 224, 224)
+
+
+MODELS: dict[str, Callable[..., tuple[nn.Module, torch.Tensor]]] = {
+    "gpt": gpt,
+    "mlp200": mlp200,
+    "resnet18": resnet18,
+    "vit_b_16": vit_b_16,
+}
