@@ -33,27 +33,45 @@ class Kind(enum.Flag):
         return "|".join(str(member.name).lower() for member in self)
 
 
+class ParameterKind(enum.Flag):
+    """What a capture of a parameter holds; such captures are made around ``optimizer.step()``."""
+
+    VALUE = enum.auto()
+    """The parameter itself, as it was during the step's forward."""
+    GRAD = enum.auto()
+    """Its gradient as the update uses it: accumulated, averaged, unscaled, clipped."""
+    UPDATE = enum.auto()
+    """What the update added to it."""
+
+    @property
+    def label(self) -> str:
+        """The lower-case name, as tags spell it: ``"value"``."""
+        return "|".join(str(member.name).lower() for member in self)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Capture:
     """One detached tensor that passed a hook, and where it came from.
 
     Arguments:
-        name: the layer's dotted name in the user's model; ``""`` is the root.
-        kind: exactly one `Kind`.
+        name: the layer's dotted name in the user's model, or the parameter's; ``""`` is the root.
+        kind: exactly one `Kind`, or one `ParameterKind`.
         value: a detached tensor, in the dtype and on the device it flowed with.
         step: the probe's step count when it was captured.
         call: which call of the pass this is, from 0 (a shared or recurrent module has several).
         path: where in a nested value the tensor sits: ``""``, ``"[0]"``, ``".logits"``, ``"[0].hidden"``.
-        module_type: the class of the module.
+        module_type: the class of the module (of a parameter: of the module that owns it).
+        groups: of a convolution whose parameter this is.
     """
 
     name: str
-    kind: Kind
+    kind: Kind | ParameterKind
     value: torch.Tensor
     step: int = 0
     call: int = 0
     path: str = ""
     module_type: type = torch.nn.Module
+    groups: int = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,7 +98,16 @@ class Image:
     value: torch.Tensor
 
 
-Shown = Scalar | Histogram | Image
+@dataclass(frozen=True, slots=True, eq=False)
+class Embedding:
+    """Points for the projector: a float tensor ``[N, F]``, and a label for each."""
+
+    tag: str
+    value: torch.Tensor
+    labels: list[Any] | None = None
+
+
+Shown = Scalar | Histogram | Image | Embedding
 """What a summary yields."""
 
 Summary = Callable[[Capture], Iterable[Shown] | None]

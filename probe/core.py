@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from probe import select
-from probe.capture import Kind
-from probe.hooks import Session, StopForward, Tap, on_step
+from probe import schedule, select
+from probe.capture import Kind, ParameterKind, Summary
+from probe.hooks import Receiver, Session, StopForward, Tap
+from probe.log import Log, Parameters
 from probe.observers import Adapter, Store
 from probe.record import OverwrittenRow, Reading, Record, Row, Table, missing, overwritten
 from probe.select import Layer, NoSuchLayer
@@ -50,12 +52,13 @@ class Probe:
     was. What the hooks capture are true values: copy-on-write snapshots that in-place operations cannot reach.
 
     Arguments:
-        model: any ``nn.Module``.
+        model: any ``nn.Module``; or an optimizer, of which only the `schedule` is traced.
         layers: which layers, the union of exact names, globs (``*`` crosses dots), compiled patterns (searched), module
             types, modules, and predicates ``(name, module) -> bool``. None given: every leaf module.
         kinds: which of the four values to capture; all by default.
         exclude: selectors of layers to leave out.
-        optimizer: one or several; every ``optimizer.step()`` then advances ``steps``.
+        optimizer: one or several; every ``step()`` of the first then advances `steps`, and `schedule` traces all.
+        scaler: the ``torch.amp.GradScaler`` that steps them; `schedule` then knows exactly which updates it skipped.
         observers: functions of a `Capture`, or objects with ``bind(site)``; they run inside the hooks.
         keep: how many passes to keep for reading; by default 1, and 0 for a probe with observers.
         backward: ``"tensor"`` reads gradients by tensor hooks and by the nodes that consume a module's input, without
@@ -70,40 +73,48 @@ class Probe:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | torch.optim.Optimizer,
         *layers: Any,
         kinds: Kind | None = None,
         exclude: Any = (),
         optimizer: Any = None,
+        scaler: Any = None,
         observers: Any = (),
         keep: int | None = None,
         backward: str = "tensor",
         copy_views: bool = False,
     ) -> None:
-        _check_model(model)
+        model, optimizers = _subject(model, optimizer)
         if backward not in ("tensor", "module"):
             raise ValueError(f"backward={backward!r}: use 'tensor' (the default) or 'module' (torch's own hook)")
         if keep is not None and (not isinstance(keep, int) or keep < 0):
             raise ValueError(f"keep={keep!r}: give the number of passes to keep, 0 or more")
-        kinds = Kind.all() if kinds is None else kinds
-        if not isinstance(kinds, Kind) or not kinds:
+        if kinds is not None and (not isinstance(kinds, Kind) or not kinds):
             raise TypeError(f"kinds={kinds!r}: combine Kind.INPUT, OUTPUT, GRAD_OUTPUT and GRAD_INPUT with |")
         self._every = select.layers(model)
-        chosen = select.choose(self._every, layers, exclude)
+        chosen = [] if isinstance(model, _NoModel) else select.choose(self._every, layers, exclude)
         self._scripted = [layer for layer in chosen if isinstance(layer.module, torch.jit.ScriptModule)]
         self._layers = [layer for layer in chosen if layer not in self._scripted]
-        if not self._layers:
+        if self._scripted and not self._layers:
             names = ", ".join(repr(layer.name) for layer in self._scripted)
             raise TypeError(f"{names}: torch puts no hooks on ScriptModules; probe the model before torch.jit.script")
         self._by_name = {name: layer for layer in self._layers for name in layer.names}
         self._known = {name for layer in self._every for name in layer.names}
-        self._kinds = kinds
-        self._optimizers = _listed(optimizer)
-        self._adapters = [Adapter(each) for each in _listed(observers)]
+        self._asked_kinds = kinds
+        self._kinds = Kind.all() if kinds is None else kinds
+        self._asked_keep = keep
+        self._optimizers = optimizers
+        self._scaler = scaler
+        self._told: dict[int, dict[int, int]] = {}
+        self._recorder = schedule.Recorder(optimizers, scaler) if optimizers else None
+        adapters = [Adapter(each, self._layers, self._kinds) for each in _listed(observers)]
         self._session = Session(model, backward=backward, copy_views=copy_views)
-        self._store = Store(self._session, kinds, (0 if self._adapters else 1) if keep is None else keep)
-        self._session.receivers = [self._store, *self._adapters]
-        self._reading = Reading(kinds, self._store.keep, self._why_never)
+        self._store = Store(self._session, self._layers, self._kinds, (0 if adapters else 1) if keep is None else keep)
+        self._session.receivers = [self._store, *adapters]
+        if self._recorder is not None:
+            self._session.receivers.append(_Rates(self._recorder))
+        self._why_never = functools.partial(_why_never, self._session, self._every)  # no method: that were a cycle
+        self._reading = Reading(self._kinds, self._store.keep, self._why_never)
         self._stack: contextlib.ExitStack | None = None
         for layer in self._layers:
             self._session.taps[layer] = Tap(layer, self._session)
@@ -115,12 +126,13 @@ class Probe:
             raise RuntimeError("this probe is already attached; leave its with-block first, or create another Probe")
         with contextlib.ExitStack() as stack:
             stack.callback(self._session.close)
-            if any(_is_compiled(module) for module in self._session.model.modules()):
+            if any(_is_compiled(module) for module in select.modules(self._session.model)):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
                 warnings.warn("the model is compiled; it runs eagerly while it is probed", ProbeWarning, stacklevel=2)
+            self._session.optimizers.clear()
             for optimizer in self._optimizers:
-                stack.callback(_remove, on_step(optimizer, after=self._session.advance))
-            self._bind()
+                stack.callback(_remove, self._session.step_with(optimizer))
+            self._session.bind()
             self._stack = stack.pop_all()
         return self
 
@@ -135,23 +147,17 @@ class Probe:
     def __del__(self) -> None:
         if getattr(self, "_stack", None) is not None:
             self._close()
+        if hasattr(self, "_session"):
+            self._session.dissolve()
 
     def _close(self) -> None:
         stack, self._stack = self._stack, None
         if stack is not None:
-            stack.close()
-
-    def _bind(self) -> None:
-        """Ask every receiver anew what it takes, and put the hooks on accordingly."""
-        session = self._session
-        session.detach()
-        for layer, tap in session.taps.items():
-            chosen = layer in self._layers
-            tap.takers = {
-                kind: tuple(t for each in session.receivers if (t := each.taker(layer, kind)) is not None)
-                for kind in (self._kinds if chosen else ())
-            }
-        session.attach(select.ancestors(session.model, [layer.module for layer in session.taps]))
+            try:
+                stack.close()
+            finally:
+                for receiver in self._session.receivers:
+                    receiver.end_step(self._session.step, stepped=bool(self._optimizers))
 
     def _tell(self) -> None:
         """Be loud about layers that never fired, where something did."""
@@ -229,28 +235,6 @@ class Probe:
             rows.extend(Row(layer.name, reason) for reason in reasons)
         return Table(rows, ("layer", "not captured, because"), "everything that was asked for was captured")
 
-    def _why_never(self, layer: Layer) -> str:
-        session, module = self._session, layer.module
-        if not session.passes:
-            dynamo = " Was it compiled before the probe was entered?" if "torch._dynamo" in sys.modules else ""
-            return "the model was not called while the probe was attached" + dynamo
-        if session.taps.get(layer) is not None and session.taps[layer].fired:
-            return "it was called, but not in the passes that are kept (keep= says how many)"
-        if all(each.module is not module for each in select.layers(session.model)):
-            return "it was replaced by another module while the probe was attached; enter a new Probe afterwards"
-        if type(module).__call__ is not nn.Module.__call__:
-            return f"never called through hooks: {type(module).__name__} overrides __call__"
-        if type(module).forward is nn.Module.forward:
-            return f"never called: {type(module).__name__} only holds other modules"
-        for parent in self._every:
-            if isinstance(parent.module, select.WORKS_INSIDE) and module in list(parent.module.children()):
-                kind = type(parent.module).__name__
-                return f"never called: its parent {parent.name!r} ({kind}) uses its weights without calling it"
-        return (
-            "never called: the model skips it, calls its .forward directly, uses its weights in a function, "
-            "or took a fused path around it"
-        )
-
     # -- changing what flows -------------------------------------------------------------------------------------------
 
     def edit(self, selector: Any, function: Callable[[Any], Any], on: Kind = Kind.OUTPUT) -> Edit:
@@ -313,12 +297,89 @@ class Probe:
 
     def _rebind(self) -> None:
         if self._stack is not None:
-            self._bind()
+            self._session.bind()
 
     @property
     def kinds(self) -> Kind:
         """The kinds that are captured."""
         return self._kinds
+
+    # -- logging -------------------------------------------------------------------------------------------------------
+
+    def log(
+        self,
+        writer: Any,
+        *summaries: Summary,
+        every: int = 1,
+        layers: Any = None,
+        kinds: Any = None,
+        on_error: str = "raise",
+    ) -> Edit:
+        """Feed summaries on every n-th step, and write what they yield: ``p.log(board, stats, histogram, every=100)``.
+
+        Steps with ``p.steps % every == 0`` are observed; on the others no layer has a hook for it. What several calls
+        or micro-batches of a step yield under one tag is merged: sketches add up, other numbers are averaged, of
+        pictures the last one stays. With an optimizer, parameters, their gradients and their updates are captured
+        around its step, learning rates are written as ``lr/<group>`` (momentum and weight decay once they change), and
+        the norm of all gradients before and after clipping. Passes in eval mode, or under `tag`, go to a sub-run of
+        that name. A probe that logs keeps nothing for reading unless ``keep=`` says so.
+
+        Arguments:
+            writer: a `Board`, which writes in the background, or any ``SummaryWriter``. It is not closed here.
+            summaries: functions from a `Capture` to `Scalar`, `Histogram`, `Image`. One with an attribute ``kinds``
+                gets only those.
+            every: 1 or more.
+            layers: selectors, as of `Probe`; by default the probed layers, and all parameters.
+            kinds: a `Kind`, a `ParameterKind`, or a list of both; by default outputs and their gradients (or the
+                probe's own ``kinds=``), what the summaries ask for, and with an optimizer all of parameters.
+            on_error: ``"raise"`` what a summary raises, or ``"warn"`` once and go on without it.
+
+        Returns:
+            a handle; ``remove()`` ends the logging.
+
+        Raises:
+            TypeError, ValueError, NoSuchLayer: an argument is wrong; nothing is changed then.
+        """
+        _check_log(writer, summaries, every, on_error)
+        if layers is None:
+            chosen, owners = self._layers, self._every
+        else:
+            chosen = owners = select.choose(self._every, _listed(layers))
+        log = Log(
+            writer,
+            _wanted(summaries, kinds, self._asked_kinds, bool(self._optimizers)),
+            every=every,
+            layers=chosen,
+            parameters=Parameters(self._every, owners, self._optimizers),
+            on_error=on_error,
+            scaler=self._scaler,
+            told=self._told.setdefault(id(writer), {}),
+        )
+        for layer in chosen:
+            self._tap(layer)
+        if self._asked_keep is None:
+            self._store.keep = self._reading.keep = 0
+        self._session.receivers.append(log)
+        self._rebind()
+        receivers, rebind = self._session.receivers, self._rebind
+
+        def undo() -> None:
+            log.end_step(self._session.step, stepped=True)
+            receivers.remove(log)
+            rebind()
+
+        return Edit(undo)
+
+    @property
+    def schedule(self) -> schedule.Trace:
+        """Learning rate, momentum and weight decay of every update so far, per param group: ``p.schedule.lr``.
+
+        Raises:
+            AttributeError: the probe has no optimizer.
+        """
+        if self._recorder is None:
+            raise AttributeError("there is no schedule: give the optimizer, Probe(model, optimizer=optimizer)")
+        return self._recorder.trace()
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
@@ -384,11 +445,94 @@ def _is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None or select.wrapped_attribute(module) == "_orig_mod"
 
 
-def _check_model(model: Any) -> None:
+class _NoModel(nn.Module):
+    """Stands for the model of a probe on an optimizer alone."""
+
+
+class _Rates(Receiver):
+    """Tells a schedule's recorder of optimizer steps."""
+
+    def __init__(self, recorder: schedule.Recorder) -> None:
+        self._recorder = recorder
+
+    def before_step(self, optimizer: Any, step: int) -> None:
+        self._recorder.before_step(optimizer)
+
+    def after_step(self, optimizer: Any, step: int) -> None:
+        self._recorder.after_step(optimizer)
+
+
+def _subject(model: Any, optimizer: Any) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+    """The model, and the optimizers; checked."""
+    if isinstance(model, torch.optim.Optimizer):
+        model, optimizer = _NoModel(), [model, *_listed(optimizer)]
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("the model is a ScriptModule: torch puts no hooks on it; probe it before torch.jit.script")
     if not isinstance(model, nn.Module):
-        raise TypeError(f"Probe takes an nn.Module, not {type(model).__name__}")
+        raise TypeError(f"Probe takes an nn.Module or an optimizer, not {type(model).__name__}")
+    optimizers = _listed(optimizer)
+    for each in optimizers:
+        if not isinstance(each, torch.optim.Optimizer):
+            raise TypeError(f"optimizer={each!r} is a {type(each).__name__}; give a torch.optim.Optimizer, or a list")
+    return model, optimizers
+
+
+def _why_never(session: Session, every: list[Layer], layer: Layer) -> str:
+    """Why a layer has no call to show, as far as can be known."""
+    module = layer.module
+    tap = session.taps.get(layer)
+    if not session.passes:
+        dynamo = " Was it compiled before the probe was entered?" if "torch._dynamo" in sys.modules else ""
+        return "the model was not called while the probe was attached" + dynamo
+    if tap is not None and tap.fired:
+        return "it was called, but not in the passes that are kept (keep= says how many)"
+    if all(each.module is not module for each in select.layers(session.model)):
+        return "it was replaced by another module while the probe was attached; enter a new Probe afterwards"
+    if type(module).__call__ is not nn.Module.__call__:
+        return f"never called through hooks: {type(module).__name__} overrides __call__"
+    if type(module).forward is nn.Module.forward:
+        return f"never called: {type(module).__name__} only holds other modules"
+    for parent in every:
+        if isinstance(parent.module, select.WORKS_INSIDE) and any(m is module for m in parent.module.children()):
+            kind = type(parent.module).__name__
+            return f"never called: its parent {parent.name!r} ({kind}) uses its weights without calling it"
+    return (
+        "never called: the model skips it, calls its .forward directly, uses its weights in a function, "
+        "or took a fused path around it"
+    )
+
+
+def _check_log(writer: Any, summaries: tuple[Any, ...], every: Any, on_error: str) -> None:
+    if not hasattr(writer, "add_scalar"):
+        raise TypeError(f"log writes to a Board or a SummaryWriter, not {type(writer).__name__}: p.log(board, stats)")
+    if not summaries:
+        raise TypeError("log needs at least one summary: p.log(board, stats, histogram)")
+    for summary in summaries:
+        if not callable(summary):
+            raise TypeError(f"{summary!r} is no summary: give functions from a Capture to things to show")
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"every={every!r}: give a whole number of at least 1")
+    if on_error not in ("raise", "warn"):
+        raise ValueError(f"on_error={on_error!r}: use 'raise' or 'warn'")
+
+
+def _wanted(
+    summaries: tuple[Summary, ...], kinds: Any, of_probe: Kind | None, with_parameters: bool
+) -> dict[Any, list[Summary]]:
+    """Which summaries get which kinds of captures."""
+    asked: set[Any] = set()
+    for each in _listed(kinds):
+        if not isinstance(each, (Kind, ParameterKind)):
+            raise TypeError(f"kinds={each!r}: give Kind and ParameterKind members, combined with | or in a list")
+        asked.update(each)
+    usual = set(of_probe or Kind.OUTPUT | Kind.GRAD_OUTPUT) | (set(ParameterKind) if with_parameters else set())
+    wanted: dict[Any, list[Summary]] = {}
+    for summary in summaries:
+        declared = getattr(summary, "kinds", None)
+        own = usual if declared is None else set(declared)
+        for kind in own & asked if asked and declared is not None else asked or own:
+            wanted.setdefault(kind, []).append(summary)
+    return wanted
 
 
 def _checked(function: Callable[[Any], Any], layer: Layer, kind: Kind) -> Callable[[Any], Any]:

@@ -12,15 +12,15 @@ import sys
 import threading
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 from probe.capture import Kind
 from probe.graph import Edges, edge, version
-from probe.select import Layer
+from probe.select import Layer, ancestors
 from probe.tree import inputs, leaves, rebuild, shape, snapshot, storage_of
 
 _graph_task: Callable[[], int] = torch._C._current_graph_task_id
@@ -51,7 +51,7 @@ class Call:
     shape_in: Any = UNSET  # what gradients mirror: arguments and output with a slot in place of every tensor
     shape_kwargs: Any = UNSET
     shape_out: Any = UNSET
-    raised = False
+    raised = ""  # why there is no output
     backwards: tuple[Any, ...] = ()
     notes: tuple[str, ...] = ()
     needs_grad = False
@@ -128,16 +128,31 @@ class Pass:
 Deliver = Callable[[Call, str, torch.Tensor | None], torch.Tensor | None]
 
 
-class Receiver(Protocol):
-    """What a session delivers to: its takers run in the hooks.
+class Receiver:
+    """What a session delivers to."""
 
-    A taker of INPUT and OUTPUT is called as ``take(pass_, call, value)`` with the ``(args, kwargs)`` or what the module
-    returned; one of gradients as ``take(call, path, gradient, backward)``, with the number of the backward pass.
-    """
+    def active(self, step: int) -> bool:
+        """Whether it wants anything in this step; a layer that nobody wants anything of has no hook."""
+        return True
 
-    def taker(self, layer: Layer, kind: Kind) -> Callable[..., None] | None: ...
+    def taker(self, layer: Layer, kind: Kind) -> Callable[..., None] | None:
+        """A function that runs in the hook, or None.
 
-    def begin(self, pass_: Pass) -> None: ...
+        It is called as ``take(pass_, call, value)`` with the ``(args, kwargs)`` for INPUT or what the module returned
+        for OUTPUT, and as ``take(call, path, gradient, backward)`` with the number of the backward pass for gradients.
+        """
+
+    def begin(self, pass_: Pass) -> None:
+        """A pass begins."""
+
+    def before_step(self, optimizer: Any, step: int) -> None:
+        """An optimizer is about to step."""
+
+    def after_step(self, optimizer: Any, step: int) -> None:
+        """An optimizer has stepped."""
+
+    def end_step(self, step: int, *, stepped: bool) -> None:
+        """A step is over; `stepped`: by an optimizer's step."""
 
 
 class StopForward(Exception):
@@ -251,17 +266,23 @@ class Tap:
         takers, edits = self.takers.get(Kind.INPUT, ()), self.edits.get(Kind.INPUT, ())
         wants_grad = self.asks(Kind.GRAD_INPUT) and not by_module
         edits_grad = bool(self.edits.get(Kind.GRAD_INPUT)) and not by_module
+        replays = wants_grad or (self.asks(Kind.GRAD_OUTPUT) and not by_module)
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if module is not owner and not _is_replica(module):
                 return None
-            if _graph_task() != -1:
-                return self._replay_before(args, kwargs, wants_grad)
+            edited = False
+            if _graph_task() != -1:  # recomputation under activation checkpointing: no new call
+                for edit in edits:
+                    args, kwargs = _put(args, kwargs, edit(inputs(args, kwargs)))
+                    edited = True
+                if replays:
+                    self._replay_before(args, kwargs, wants_grad)
+                return (args, kwargs) if edited else None
             pass_ = local.current or session.begin(module)
             if pass_ is None or not pass_.open:
                 return None
             call = pass_.call(layer)
-            edited = False
             pass_.stack.append((self, call, None))  # before user code: the forward hook finds it whatever that raises
             for edit in edits:
                 args, kwargs = _put(args, kwargs, edit(inputs(args, kwargs)))
@@ -269,7 +290,8 @@ class Tap:
             for take in takers:
                 take(pass_, call, (args, kwargs))
             if wants_grad or by_module:
-                call.shape_in, call.shape_kwargs = shape(inputs(args, kwargs)), shape(kwargs) if kwargs else {}
+                call.shape_in = shape(inputs(args, kwargs))
+                call.shape_kwargs = call.shape_in if kwargs and not args else shape(kwargs) if kwargs else {}
             if edits_grad and torch.is_grad_enabled():
                 args, kwargs = self._separate(call, pass_.handles, args, kwargs)
                 edited = True
@@ -293,7 +315,7 @@ class Tap:
             if module is not owner and not _is_replica(module):
                 return None
             if _graph_task() != -1:
-                return self._replay_after(output, hook_gradients) if hook_gradients is not None else None
+                return self._replay_after(module, output, edits, copies_views, hook_gradients)
             pass_ = local.current
             alone = pass_ is None and not paired
             if alone:
@@ -309,9 +331,12 @@ class Tap:
                     if popped is None:
                         return None  # the hooks were put on while the module ran
                     call, edges = popped
-                    if output is None and sys.exc_info()[1] is not None:
-                        call.raised = True
-                        session.explain(sys.exc_info()[1], pass_)
+                    self.fired = True
+                    error = _raised(module, output)
+                    if error is not None:
+                        stopped = isinstance(error, StopForward)
+                        call.raised = "stop_after ended its forward" if stopped else "its forward raised an exception"
+                        session.explain(error, pass_)
                         return None
                 self.fired = True
                 result = output
@@ -432,7 +457,28 @@ class Tap:
         local = self.session.local
         local.replay_stack = (*local.replay_stack, (self, edges))
 
-    def _replay_after(self, output: Any, hook_gradients: Callable[[list[Any], Call, Any, Edges | None], None]) -> None:
+    def _replay_after(
+        self,
+        module: nn.Module,
+        output: Any,
+        edits: tuple[Callable[[Any], Any], ...],
+        copies_views: bool,
+        hook_gradients: Callable[[list[Any], Call, Any, Edges | None], None] | None,
+    ) -> Any:
+        """The forward hook while a checkpoint recomputes: what flows is edited again, and the gradients are hooked."""
+        result = output
+        if _raised(module, output) is None:
+            for edit in edits:
+                result = edit(result)
+            if copies_views:
+                result = rebuild(result, _unview, opaque=_same)
+        if hook_gradients is not None:
+            self._replay_gradients(result, hook_gradients)
+        return None if result is output else result
+
+    def _replay_gradients(
+        self, output: Any, hook_gradients: Callable[[list[Any], Call, Any, Edges | None], None]
+    ) -> None:
         local = self.session.local
         edges = None
         while local.replay_stack:  # early stop leaves modules behind that were entered and not left
@@ -450,6 +496,11 @@ class Tap:
         nth = local.replays[1].get(key, 0)
         later = [ticket for ticket in self._own_tickets() if ticket[0] > number]
         if nth < len(later):
+            if self.edits.get(Kind.GRAD_INPUT):
+                raise RuntimeError(
+                    f"{self.layer.name!r}: grad_input cannot be edited under a reentrant checkpoint; "
+                    "use checkpoint(..., use_reentrant=False)"
+                )
             local.replays[1][key] = nth + 1
             hook_gradients(self.session.handles(), self.redeem(later[nth]), output, edges)
 
@@ -490,6 +541,11 @@ class Tap:
         return backward
 
 
+def at_end_of_backward(function: Callable[[], None]) -> None:
+    """Have `function` called at the end of the backward pass that is running in this thread."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
 def _collect(
     deliver: Deliver, call: Call, paths: list[str], position: int, grad_inputs: tuple[Any, ...], _: Any
 ) -> None:
@@ -520,7 +576,7 @@ class _Share:
             # other consumers may never run in this backward, so the sum is complete only at its end
             kept = snapshot(gradient)
             self.sums[backward] = gradient.detach() if kept is None else kept
-            torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self.flush, backward))
+            at_end_of_backward(functools.partial(self.flush, backward))
 
     def flush(self, backward: int) -> None:
         total = self.sums.pop(backward, None)
@@ -569,6 +625,16 @@ class _FullBackwardHandle:
             self.module._is_full_backward_hook = self.hook.flag
 
 
+def _raised(module: nn.Module, output: Any) -> BaseException | None:
+    """The exception that left `module`, in a hook that torch always calls; not one that is handled further out."""
+    error = sys.exc_info()[1]
+    if output is not None or error is None or error.__traceback__ is None:
+        return None
+    frame = error.__traceback__.tb_frame
+    left = frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
+    return error if left else None
+
+
 class Session:
     """All hooks of one probe, and the state they share. It never refers to the probe, which can so be collected."""
 
@@ -584,22 +650,34 @@ class Session:
         self.versions = True  # False in inference mode, where tensors count no versions
         self.tag: str | None = None
         self.receivers: list[Receiver] = []
+        self.optimizers: list[Any] = []
+        self._bound: list[bool] = []
         self.taps: dict[Layer, Tap] = {}
         self.scopes: dict[int, nn.Module] = {}
         self._handles: list[Any] = []
         self._active: set[Pass] = set()
         self._tensor_handles: list[list[Any]] = []
-        self._leaves: list[tuple[Any, torch.Tensor, bool]] = []
+        self._leaves: dict[int, list[tuple[Any, torch.Tensor, bool]]] = {}  # by the thread whose pass handed them on
         self._prune_at = 2
         self._lock = threading.Lock()
 
-    def attach(self, scopes: Iterable[nn.Module]) -> None:
-        """Put every hook on; if one cannot be put on, none is left behind."""
-        self.scopes = {id(module): module for module in scopes}
+    def bind(self) -> None:
+        """Ask every receiver what it wants in this step, and put the hooks on; if one can't be, none is left behind."""
+        self.detach()
+        self._bound = [receiver.active(self.step) for receiver in self.receivers]
+        active = [receiver for receiver, wants in zip(self.receivers, self._bound, strict=True) if wants]
+        for tap in self.taps.values():
+            tap.takers = {
+                kind: tuple(take for each in active if (take := each.taker(tap.layer, kind)) is not None)
+                for kind in Kind
+            }
+        taps = [tap for tap in self.taps.values() if tap.stop or any(map(tap.asks, Kind))]
+        scopes = ancestors(self.model, [tap.layer.module for tap in taps])
+        self.scopes = {id(module): module for module in scopes if not isinstance(module, torch.jit.ScriptModule)}
         try:
             for module in self.scopes.values():  # first in, so that a pass begins before and ends after our other hooks
                 self._handles.append(module.register_forward_pre_hook(_Hook(self._enter)))
-            for tap in self.taps.values():
+            for tap in taps:
                 self._handles.extend(tap.register())
             for module in self.scopes.values():
                 self._handles.append(module.register_forward_hook(_Hook(self._leave), always_call=True))
@@ -628,11 +706,40 @@ class Session:
         for handles in lists:
             for handle in handles:
                 handle.remove()
-        self._release_leaves()
+        for thread in list(self._leaves):
+            self._release_leaves(thread)
 
-    def advance(self) -> None:
-        """A step has ended."""
+    def dissolve(self) -> None:
+        """The probe is gone: break the cycle of session and taps, so that what was kept is freed now."""
+        self.receivers = []
+        self.taps = {}
+
+    def step_with(self, optimizer: torch.optim.Optimizer) -> list[Any]:
+        """Have receivers told of the optimizer's steps; a step of the first such optimizer ends a step. The handles.
+
+        Step hooks only: ``step`` is never wrapped.
+        """
+        self.optimizers.append(optimizer)
+        before = optimizer.register_step_pre_hook(_Hook(self._before_step))
+        return [before, optimizer.register_step_post_hook(_Hook(self._after_step))]
+
+    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        for receiver in self.receivers:
+            receiver.before_step(optimizer, self.step)
+
+    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        for receiver in self.receivers:
+            receiver.after_step(optimizer, self.step)
+        if optimizer is self.optimizers[0]:
+            self.advance(stepped=True)
+
+    def advance(self, *, stepped: bool = False) -> None:
+        """A step has ended: receivers send off what they have, and hooks are put on or taken off for the next one."""
+        for receiver in self.receivers:
+            receiver.end_step(self.step, stepped=stepped)
         self.step += 1
+        if not self.closed and [receiver.active(self.step) for receiver in self.receivers] != self._bound:
+            self.bind()
 
     def is_scope(self, module: nn.Module) -> bool:
         return id(module) in self.scopes
@@ -648,7 +755,7 @@ class Session:
             self.passes += 1
             self._active.add(pass_)
         self.local.current = pass_
-        self._release_leaves()
+        self._release_leaves(threading.get_ident())
         if pass_.open:
             self.versions = not torch.is_inference_mode_enabled()
             self.local.log = pass_.raw.append
@@ -681,11 +788,11 @@ class Session:
         had_none = tensor._backward_hooks is None
         handle = tensor.register_hook(hook)
         with self._lock:
-            self._leaves.append((handle, tensor, had_none))
+            self._leaves.setdefault(threading.get_ident(), []).append((handle, tensor, had_none))
 
-    def _release_leaves(self) -> None:
+    def _release_leaves(self, thread: int) -> None:
         with self._lock:
-            leaves_, self._leaves = self._leaves, []
+            leaves_ = self._leaves.pop(thread, [])
         for handle, tensor, had_none in reversed(leaves_):
             handle.remove()
             if had_none and not tensor._backward_hooks:
@@ -707,7 +814,7 @@ class Session:
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         pass_ = self.local.current
         if pass_ is not None and pass_.outermost is module:
-            error = sys.exc_info()[1] if output is None else None
+            error = _raised(module, output)
             if error is not None:
                 self.explain(error, pass_)
             pass_.depth -= 1
@@ -728,15 +835,6 @@ class Session:
             'Leave backward="module" out: Probe(model) reads the same gradients from tensor hooks, in-place or not. '
             f"(torch: {text})",
         )
-
-
-def on_step(optimizer: torch.optim.Optimizer, *, after: Callable[[], None]) -> list[Any]:
-    """Have `after` called when the optimizer has stepped; the handles. Step hooks only: ``step`` is never wrapped."""
-    return [optimizer.register_step_post_hook(_Hook(_after_step, after))]
-
-
-def _after_step(after: Callable[[], None], optimizer: Any, args: Any, kwargs: Any) -> None:
-    after()
 
 
 def _running(module: nn.Module) -> int:

@@ -14,8 +14,8 @@ from torch import nn
 
 from probe.capture import Capture, Kind
 from probe.graph import version
-from probe.hooks import Call, Pass, Session
-from probe.select import Layer
+from probe.hooks import Call, Pass, Receiver, Session
+from probe.select import Layer, modules
 from probe.tree import data_address, input_leaves, leaves, rebuild, snapshot, storage_of
 
 Taker = Callable[..., None]
@@ -51,24 +51,22 @@ class Observer(Protocol):
         tensor takes a copy, because an in-place operation may follow. None: this site is of no interest."""
 
 
-class Adapter:
+class Adapter(Receiver):
     """Delivers to one observer: an object with ``bind``, or a plain function of a `Capture`.
 
     An optional attribute ``kinds`` of the observer says which kinds it wants; all by default. What it raises propagates
     with a note that names the layer and the kind.
     """
 
-    def __init__(self, observer: Any) -> None:
+    def __init__(self, observer: Any, layers: list[Layer], kinds: Kind) -> None:
         if not callable(observer) and not isinstance(observer, Observer):
             raise TypeError(f"{observer!r} is no observer: give a function of a Capture, or an object with bind(site)")
         self.observer = observer
-        self.kinds: Kind = getattr(observer, "kinds", Kind.all())
-
-    def begin(self, pass_: Pass) -> None:
-        """Nothing to do when a pass begins."""
+        self.layers = set(layers)
+        self.kinds: Kind = getattr(observer, "kinds", Kind.all()) & kinds
 
     def taker(self, layer: Layer, kind: Kind) -> Taker | None:
-        if kind not in self.kinds:
+        if kind not in self.kinds or layer not in self.layers:
             return None
         emit = self._bound(layer, kind) if isinstance(self.observer, Observer) else self._plain(layer, kind)
 
@@ -154,23 +152,29 @@ class Seen(NamedTuple):
     geometry: tuple[Any, Any] | None  # strides and offset in the storage, where they are not those of `kept`
 
 
-class Store:
+class Store(Receiver):
     """Keeps true values: copy-on-write snapshots of what went in and came out, and of gradients.
 
     Arguments:
         session: whose calls these are.
+        layers: whose.
         kinds: what to keep.
         keep: how many passes, for each module that is called from outside, and each thread; 0 keeps nothing.
     """
 
-    def __init__(self, session: Session, kinds: Kind, keep: int) -> None:
+    def __init__(self, session: Session, layers: list[Layer], kinds: Kind, keep: int) -> None:
         self.model = session.model
+        self.layers = set(layers)
         self.kinds = kinds
         self.keep = keep
         self._own = threading.local()
         self._latest: dict[int, deque[tuple[int, Pass]]] = {}
         self._count = 0
         self._lock = threading.Lock()
+
+    def active(self, step: int) -> bool:
+        """Whenever it keeps anything at all."""
+        return self.keep > 0
 
     def begin(self, pass_: Pass) -> None:
         """Make room for a pass: what an earlier one under the same outermost module held goes now."""
@@ -192,7 +196,7 @@ class Store:
     def _make_room(self, rings: dict[int, deque[tuple[int, Pass]]], module: nn.Module) -> None:
         if len(rings) - (id(module) in rings) == 0:
             return
-        below = None if module is self.model else {id(each) for each in module.modules()}
+        below = None if module is self.model else {id(each) for each in modules(module)}
         for key, ring in list(rings.items()):
             # a call of the whole replaces what was kept of earlier calls of its parts
             if key != id(module) and (below is None or key in below):
@@ -223,7 +227,7 @@ class Store:
         return []
 
     def taker(self, layer: Layer, kind: Kind) -> Taker | None:
-        if not self.keep or kind not in self.kinds:
+        if not self.keep or kind not in self.kinds or layer not in self.layers:
             return None
         takers: dict[Kind, Taker] = {
             Kind.INPUT: _take_input,

@@ -62,7 +62,7 @@ class BackwardRecord:
 
     @property
     def grad_kwargs(self) -> Any:
-        alone = isinstance(self._call.shape_in, dict) and self._call.shape_in.keys() == self._call.shape_kwargs.keys()
+        alone = self._call.shape_kwargs is self._call.shape_in
         return fill(self._call.shape_kwargs, self._backward.grad_input or {}, "" if alone else "kwargs")
 
 
@@ -149,7 +149,7 @@ class Record:
         call = self._call(field)
         value = getattr(call, field)
         if value is UNSET:
-            why = "its forward raised an exception" if call.raised else "its forward has not returned yet"
+            why = call.raised or "its forward has not returned yet"
             raise AttributeError(f"there is no {field} of {self.name!r}: {why}")
         return value
 
@@ -164,7 +164,8 @@ class Record:
                 raise AttributeError(f"there is no {field} of {self.name!r}: {reason}")
         shape = {"grad_output": call.shape_out, "grad_input": call.shape_in}.get(field, call.shape_kwargs)
         if shape is UNSET:
-            raise AttributeError(f"there is no {field} of {self.name!r}: its forward raised an exception")
+            why = call.raised or "its forward has not returned yet"
+            raise AttributeError(f"there is no {field} of {self.name!r}: {why}")
         return getattr(BackwardRecord(call, with_values[-1] if with_values else Backward(-1)), field)
 
     def __repr__(self) -> str:
@@ -178,7 +179,7 @@ class Record:
 
 def why_no_gradient(call: Call, kind: Kind) -> str | None:
     """Why no gradient came to a call, or None where there is simply none to come (frozen, integer, unused)."""
-    if kind is Kind.GRAD_OUTPUT and lost_views(call):
+    if lost_views(call):  # with an output that is a view of the input, the gradient at the input is lost as well
         return (
             "lost: the output is a view and was written to in place afterwards, which drops torch's hook without "
             "a word; use Probe(..., copy_views=True) to hand on a copy instead"
@@ -203,7 +204,7 @@ def lost_views(call: Call) -> list[str]:
 def missing(call: Call, kinds: Kind, blind: bool) -> list[str]:
     """What is not on a call though it was asked for, in words; `blind`: the whole pass could have no gradients."""
     if call.raised:
-        return ["its forward raised an exception"]
+        return [call.raised]
     found = [note for note in call.notes if "lost" not in note]
     asked = [kind for kind in (Kind.GRAD_OUTPUT, Kind.GRAD_INPUT) if kind in kinds]
     if blind or not asked:

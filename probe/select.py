@@ -92,6 +92,11 @@ def _walk(module: nn.Module, name: str, above: tuple[int, ...]) -> Iterator[tupl
             yield from _walk(child, inner, (*above, id(module)))
 
 
+def modules(model: nn.Module) -> list[nn.Module]:
+    """Every module, wrappers too, the root first: ``model.modules()`` also for modules that cannot be hashed."""
+    return list({id(module): module for _, module in _walk(model, "", ())}.values())
+
+
 def ancestors(model: nn.Module, chosen: Iterable[nn.Module]) -> list[nn.Module]:
     """Every module with one of `chosen` somewhere below it, wrappers included, the root first."""
     wanted = {id(module) for module in chosen}
@@ -122,7 +127,7 @@ def default(every: list[Layer]) -> list[Layer]:
 
 
 def _children(module: nn.Module) -> list[nn.Module]:
-    return [child for child in module.modules() if child is not module]
+    return modules(module)[1:]
 
 
 def choose(every: list[Layer], selectors: Iterable[Any], exclude: Any = ()) -> list[Layer]:

@@ -30,7 +30,7 @@ class Opaque:
 
 
 def _unseen(value: Any) -> Opaque:
-    return Opaque(type(value))
+    return value if isinstance(value, Opaque) else Opaque(type(value))
 
 
 def rebuild(value: Any, visit: Visit, *, opaque: Callable[[Any], Any] | None = None) -> Any:

@@ -1,0 +1,395 @@
+"""`Log`: on every n-th step it feeds summaries, merges what they yield, and hands all of it to a writer at once."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from probe import sketch
+from probe.capture import Capture, Embedding, Histogram, Image, Kind, ParameterKind, Scalar, Summary
+from probe.hooks import Call, Pass, Receiver, at_end_of_backward
+from probe.observers import quiet
+from probe.select import Layer
+from probe.sketch import Sketch
+from probe.summary import Statistic, draw_all, forget_drawn
+from probe.tree import input_leaves, leaves, snapshot
+
+
+class Parameters:
+    """The parameters of some layers and of what is below them, with their names and owners.
+
+    Where there are optimizers, only what they update.
+    """
+
+    def __init__(self, every: Sequence[Layer], layers: Sequence[Layer], optimizers: Sequence[Any]) -> None:
+        updated = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
+        below = {id(module) for layer in layers for module in layer.module.modules()}
+        self.found: dict[int, tuple[str, torch.Tensor, type, int]] = {}
+        for layer in every:
+            if id(layer.module) not in below:
+                continue
+            for key, parameter in layer.module.named_parameters(recurse=False):
+                if (not optimizers or id(parameter) in updated) and id(parameter) not in self.found:
+                    name = f"{layer.name}.{key}" if layer.name else key
+                    groups = int(getattr(layer.module, "groups", 1))
+                    self.found[id(parameter)] = (name, parameter, type(layer.module), groups)
+
+
+class _Step:
+    """What the summaries yielded in one step, by mode and tag; what has the same tag is merged."""
+
+    def __init__(self) -> None:
+        self.scalars: dict[tuple[str, str], list[Any]] = {}
+        self.statistics: dict[tuple[str, str], tuple[Sketch, str]] = {}
+        self.histograms: dict[tuple[str, str], Sketch] = {}
+        self.images: dict[tuple[str, str], torch.Tensor] = {}
+        self.embeddings: dict[tuple[str, str], Embedding] = {}
+        self._sums: dict[tuple[int, int], tuple[Sketch, Sketch, Sketch]] = {}
+
+    def __bool__(self) -> bool:
+        return any((self.scalars, self.statistics, self.histograms, self.images, self.embeddings))
+
+    def add(self, mode: str, prefix: str, item: Any) -> None:
+        key = (mode, f"{prefix}/{item.tag}")
+        match item:
+            case Scalar(value=Statistic() as value):
+                before = self.statistics.get(key)
+                total = value.sketch if before is None else self._plus(before[0], value.sketch)
+                self.statistics[key] = (total, value.name)
+            case Scalar():
+                self.scalars.setdefault(key, []).append(item.value)
+            case Histogram():
+                drawn = item.value if isinstance(item.value, Sketch) else sketch.of(torch.as_tensor(item.value))
+                if drawn is not None:
+                    held = self.histograms.get(key)
+                    self.histograms[key] = drawn if held is None else self._plus(held, drawn)
+            case Image():
+                self.images[key] = item.value
+            case Embedding():
+                self.embeddings[key] = item
+            case _:
+                raise TypeError(f"a summary yields Scalar, Histogram, Image and Embedding, not {item!r}")
+
+    def _plus(self, a: Sketch, b: Sketch) -> Sketch:
+        """``a + b``, once for all tags that share the two sketches."""
+        pair = (id(a), id(b))
+        if pair not in self._sums:
+            self._sums[pair] = (a, b, a + b)  # a and b are held, so that their ids stay theirs
+        return self._sums[pair][2]
+
+    def fetch(self) -> Callable[[], dict[str, list[Any]]]:
+        """Start one copy of everything to the host; the function waits for it and gives the items by mode."""
+        plain = {key: _mean(values) for key, values in self.scalars.items()}
+        drawn = {id(each): each for each in [*(s for s, _ in self.statistics.values()), *self.histograms.values()]}
+        values: list[Any] = [*plain.values(), *self.images.values(), *drawn.values()]
+        values += [each.value for each in self.embeddings.values()]
+        copy = sketch.fetch(values)
+
+        def items() -> dict[str, list[Any]]:
+            host = iter(copy.result())
+            found: dict[str, list[Any]] = {}
+            for mode, tag in plain:
+                found.setdefault(mode, []).append(Scalar(tag, next(host)))
+            pictures = [(mode, Image(tag, next(host))) for mode, tag in self.images]
+            here = {key: next(host) for key in drawn}
+            for (mode, tag), (each, name) in self.statistics.items():
+                found.setdefault(mode, []).append(Scalar(tag, float(Statistic(here[id(each)], name))))
+            for (mode, tag), each in self.histograms.items():
+                found.setdefault(mode, []).append(Histogram(tag, here[id(each)]))
+            for mode, picture in pictures:
+                found.setdefault(mode, []).append(picture)
+            for (mode, tag), point in self.embeddings.items():
+                found.setdefault(mode, []).append(Embedding(tag, next(host), point.labels))
+            return found
+
+        return items
+
+
+def _mean(values: list[Any]) -> Any:
+    """The mean over the micro-batches of a step, on the device where the numbers are."""
+    if len(values) == 1:
+        return values[0]
+    if not any(isinstance(value, torch.Tensor) for value in values):
+        return sum(values) / len(values)
+    device = next(value.device for value in values if isinstance(value, torch.Tensor))
+    return torch.stack([torch.as_tensor(value, device=device).double() for value in values]).mean()
+
+
+class Log(Receiver):
+    """Receives captures on observed steps, runs summaries on them, and sends their items off at the end of the step.
+
+    On an observed step nothing waits for a device: summaries leave sketches and 0-dim tensors there, which cross to the
+    host in one copy when the step ends. A `Board` then writes them in its background thread; any other
+    ``SummaryWriter`` gets them at once.
+
+    Arguments:
+        writer: a `Board`, or any ``torch.utils.tensorboard.SummaryWriter``.
+        wanted: for each kind of capture the summaries that get it.
+        every: steps with ``step % every == 0`` are observed.
+        layers: whose activations.
+        parameters: whose values, gradients and updates.
+        on_error: ``"raise"``, or ``"warn"``: a summary that raises is named once and not asked again.
+        scaler: the GradScaler in whose units gradients are before the optimizer's step.
+        told: shared by the logs of one writer: for each optimizer the last step whose rates were written.
+    """
+
+    def __init__(
+        self,
+        writer: Any,
+        wanted: dict[Kind | ParameterKind, list[Summary]],
+        *,
+        every: int,
+        layers: Sequence[Layer],
+        parameters: Parameters,
+        on_error: str,
+        scaler: Any = None,
+        told: dict[int, int] | None = None,
+    ) -> None:
+        self.writer = writer
+        self.every = every
+        self.on_error = on_error
+        self._wanted = wanted
+        self._layers = set(layers)
+        self._scaler = scaler
+        self._told: dict[int, int] = {} if told is None else told
+        self._norm_before: Any = None
+        self._last_backward = -1
+        self._parameters = parameters
+        self._steps: dict[int, _Step] = {}
+        self._lock = threading.Lock()
+        self._before: dict[int, torch.Tensor] = {}
+        self._first: dict[tuple[int, int, str], Any] = {}
+
+    # -- activations ---------------------------------------------------------------------------------------------------
+
+    def active(self, step: int) -> bool:
+        """Whether the step is observed."""
+        return step % self.every == 0
+
+    def taker(self, layer: Layer, kind: Kind) -> Callable[..., None] | None:
+        summaries = self._wanted.get(kind)
+        if not summaries or layer not in self._layers:
+            return None
+        module_type = type(layer.module)
+        stem = f"{layer.name or module_type.__name__}/{kind.label}"
+
+        def deliver(call: Call, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+            with quiet():
+                for path, tensor in tensors:
+                    value = snapshot(tensor)
+                    if value is not None:
+                        step, number = call.info.step, call.index
+                        capture = Capture(layer.name, kind, value, step, number, path, module_type)
+                        suffix = f"{path}{f'#{number}' if number else ''}"
+                        self._summarise(capture, summaries, stem + suffix, call.info.mode)
+
+        def take_input(pass_: Pass, call: Call, value: Any) -> None:
+            deliver(call, input_leaves(*value))
+
+        def take_output(pass_: Pass, call: Call, value: Any) -> None:
+            deliver(call, leaves(value))
+
+        def take_gradient(call: Call, path: str, gradient: torch.Tensor, backward: int) -> None:
+            if backward != self._last_backward:
+                self._last_backward = backward
+                at_end_of_backward(self._measure_gradients)
+            deliver(call, [(path, gradient)])
+
+        return {Kind.INPUT: take_input, Kind.OUTPUT: take_output}.get(kind, take_gradient)
+
+    def _summarise(self, capture: Capture, summaries: list[Summary], prefix: str, mode: str) -> None:
+        for summary in list(summaries):
+            try:
+                items = list(summary(capture) or ())
+                with self._lock:
+                    step = self._steps.setdefault(capture.step, _Step())
+                    for item in items:
+                        step.add(mode, prefix, item)
+            except Exception as error:
+                where = f"{capture.name!r}, {capture.kind.label}"
+                error.add_note(f"raised by the summary {summary!r} at {where}")
+                if self.on_error == "raise":
+                    raise
+                for each in self._wanted.values():
+                    if summary in each:
+                        each.remove(summary)
+                text = f"the summary {summary!r} raised {error!r} at {where}; it is not asked again"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+    # -- parameters ----------------------------------------------------------------------------------------------------
+
+    def before_step(self, optimizer: Any, step: int) -> None:
+        """Take the rates and the gradients as the update will use them, and a copy of the parameters."""
+        if not self.active(step):
+            return
+        with quiet():
+            if self._told.get(id(optimizer)) != step:
+                self._told[id(optimizer)] = step
+                self._rates(optimizer, step)
+            self._norms(optimizer, step)
+            for key, (_, parameter, _, _) in self._of(optimizer):
+                if self._wanted.get(ParameterKind.UPDATE) or self._wanted.get(ParameterKind.VALUE):
+                    # a clone, not copy-on-write: the parameter's own memory must stay where it is
+                    self._before[key] = parameter.detach().clone()
+            if self._wanted.get(ParameterKind.GRAD):
+                self._show(
+                    self._capture(key, ParameterKind.GRAD, parameter.grad.detach(), step)
+                    for key, (_, parameter, _, _) in self._of(optimizer)
+                    if parameter.grad is not None
+                )
+
+    def after_step(self, optimizer: Any, step: int) -> None:
+        """Show the parameters as they were during the step, and what the update added to them."""
+        if not self.active(step):
+            return
+        with quiet():
+            captures: list[Capture] = []
+            for key, (_, parameter, _, _) in self._of(optimizer):
+                before = self._before.pop(key, None)
+                if before is None:
+                    continue
+                if self._wanted.get(ParameterKind.VALUE):
+                    captures.append(self._capture(key, ParameterKind.VALUE, before, step))
+                if self._wanted.get(ParameterKind.UPDATE):
+                    update = parameter.detach() - before
+                    captures.append(self._capture(key, ParameterKind.UPDATE, update, step))
+                    ratio = _norm([update]) / _norm([before])
+                    self._add(step, f"{captures[-1].name}/update", Scalar("ratio", ratio))
+            self._show(captures)
+
+    def _rates(self, optimizer: Any, step: int) -> None:
+        """Learning rates, and momentum and weight decay once they change."""
+        for number, group in enumerate(optimizer.param_groups):
+            name = str(group.get("name", f"group{number}"))
+            rates = {"lr": group["lr"], "momentum": group.get("momentum", group.get("betas", (None,))[0])}
+            rates["weight_decay"] = group.get("weight_decay")
+            for what, value in rates.items():
+                if value is None:
+                    continue
+                value = value.detach().clone() if isinstance(value, torch.Tensor) else value
+                first = self._first.setdefault((id(optimizer), number, what), value)
+                if what == "lr" or isinstance(value, torch.Tensor) or value != first:
+                    self._add(step, what, Scalar(name, value))
+
+    def _measure_gradients(self) -> None:
+        """At the end of a backward pass: the norm of all gradients, before anybody clips them."""
+        with quiet():
+            norm = _norm([p.grad for _, p, _, _ in self._parameters.found.values() if p.grad is not None])
+            scale = getattr(self._scaler, "_scale", None)
+            self._norm_before = norm if scale is None else norm / scale.to(norm.device)
+
+    def _norms(self, optimizer: Any, step: int) -> None:
+        gradients = [p.grad for _, (_, p, _, _) in self._of(optimizer) if p.grad is not None]
+        if self._wanted.get(ParameterKind.GRAD) and gradients:
+            self._add(step, "grad_norm", Scalar("after_clipping", _norm(gradients)))
+            if self._norm_before is not None:
+                self._add(step, "grad_norm", Scalar("before_clipping", self._norm_before))
+        self._norm_before = None
+
+    def _add(self, step: int, prefix: str, item: Any) -> None:
+        with self._lock:
+            self._steps.setdefault(step, _Step()).add("train", prefix, item)
+
+    def _of(self, optimizer: Any) -> list[tuple[int, tuple[str, torch.Tensor, type, int]]]:
+        own = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        return [(key, self._parameters.found[key]) for key in own if key in self._parameters.found]
+
+    def _capture(self, key: int, kind: ParameterKind, value: torch.Tensor, step: int) -> Capture:
+        name, _, module_type, groups = self._parameters.found[key]
+        return Capture(name, kind, value, step, module_type=module_type, groups=groups)
+
+    def _show(self, captures: Iterable[Capture]) -> None:
+        captures = list(captures)
+        draw_all(captures)
+        try:
+            for capture in captures:
+                kind = capture.kind
+                self._summarise(capture, self._wanted.get(kind, []), f"{capture.name}/{kind.label}", "train")
+        finally:
+            forget_drawn()
+
+    # -- the end of a step ---------------------------------------------------------------------------------------------
+
+    def end_step(self, step: int, *, stepped: bool) -> None:
+        """Send off what the ended steps yielded: one copy to the host a step, then the writer's thread.
+
+        Parameters are shown here where no optimizer has `stepped`.
+        """
+        if not stepped and self.active(step) and self._wanted.get(ParameterKind.VALUE):
+            with quiet():
+                found = self._parameters.found.items()
+                self._show(self._capture(key, ParameterKind.VALUE, p.detach(), step) for key, (_, p, _, _) in found)
+        forget_drawn()
+        with self._lock:
+            steps, self._steps = self._steps, {}
+        for number, gathered in steps.items():
+            if gathered:
+                self._send(number, gathered)
+
+    def _send(self, number: int, step: _Step) -> None:
+        with quiet():
+            items = step.fetch()
+        if not hasattr(self.writer, "submit"):
+            _write_plainly(self.writer, number, items())
+            return
+        fetched: dict[str, list[Any]] = {}
+
+        def of(mode: str) -> list[Any]:
+            if not fetched:
+                fetched.update(items())
+            return [each for each in fetched.get(mode, []) if not isinstance(each, Embedding)]
+
+        for mode in dict.fromkeys(mode for mode, _ in _keys(step)):
+            self.writer.submit(number, lambda mode=mode: of(mode), run="" if mode == "train" else mode)
+        for (_, tag), point in step.embeddings.items():
+            self.writer.add_embedding(point.value, metadata=point.labels, global_step=number, tag=tag)
+
+
+def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The L2 norm of all tensors together, in float32, on their device."""
+    dense = [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors if not t.is_sparse]
+    if not dense:
+        return torch.zeros(())
+    norms = torch.stack([norm.to(dense[0].device) for norm in torch._foreach_norm(dense)])
+    total: torch.Tensor = torch.linalg.vector_norm(norms)
+    return total
+
+
+def _keys(step: _Step) -> list[tuple[str, str]]:
+    return [*step.scalars, *step.statistics, *step.histograms, *step.images]
+
+
+def _write_plainly(writer: Any, step: int, by_mode: dict[str, list[Any]]) -> None:
+    """Write to a ``SummaryWriter`` that is no `Board`: other modes than training get a prefix in place of a sub-run."""
+    for mode, items in by_mode.items():
+        prefix = "" if mode == "train" else f"{mode}/"
+        for item in items:
+            match item:
+                case Scalar():
+                    writer.add_scalar(prefix + item.tag, item.value, step)
+                case Histogram():
+                    _histogram(writer, prefix + item.tag, item.value, step)
+                case Image():
+                    writer.add_image(prefix + item.tag, item.value, step)
+                case Embedding():
+                    writer.add_embedding(item.value, metadata=item.labels, global_step=step, tag=prefix + item.tag)
+
+
+def _histogram(writer: Any, tag: str, drawn: Sketch, step: int) -> None:
+    limits, counts = drawn.buckets()
+    if limits:
+        writer.add_histogram_raw(
+            tag,
+            min=drawn.min,
+            max=drawn.max,
+            num=sum(counts),
+            sum=drawn.sum,
+            sum_squares=drawn.sum_squares,
+            bucket_limits=limits,
+            bucket_counts=counts,
+            global_step=step,
+        )

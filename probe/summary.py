@@ -1,0 +1,183 @@
+"""Summaries: functions from a capture to things to show. Each is one function; options are arguments of a factory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from probe import image, sketch
+from probe.capture import Capture, Embedding, Histogram, Image, Kind, ParameterKind, Scalar, Shown, Summary
+from probe.sketch import Sketch
+
+_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+_TRANSPOSED = (nn.modules.conv._ConvTransposeNd,)
+
+
+class Statistic:
+    """A number of a sketch that may still be on a device: reading it, by ``float()``, waits for it.
+
+    Arguments:
+        sketch: of which tensor.
+        name: which of ``"mean", "std", "min", "max", "norm", "rms", "zeros", "nan", "inf"``; zeros is a share (0 to 1),
+            nan and inf are counts.
+    """
+
+    __slots__ = ("name", "sketch")
+
+    def __init__(self, sketch_: Sketch, name: str) -> None:
+        self.sketch = sketch_
+        self.name = name
+
+    def __float__(self) -> float:
+        drawn = self.sketch
+        if self.name == "zeros":
+            return drawn.zeros / drawn.count if drawn.count else float("nan")
+        if self.name == "inf":
+            return float(drawn.posinf + drawn.neginf)
+        return float(getattr(drawn, self.name))
+
+    def item(self) -> float:
+        """The number."""
+        return float(self)
+
+    def __repr__(self) -> str:
+        return f"Statistic({self.name})"
+
+
+_drawn = threading.local()
+
+
+def drawn(capture: Capture) -> Sketch | None:
+    """The sketch of a capture's value, computed once for all summaries that ask; None for a tensor without values."""
+    known: dict[int, Sketch | None] = getattr(_drawn, "known", {})
+    if id(capture) not in known:
+        known = {id(capture): sketch.of(capture.value)}
+        _drawn.known, _drawn.captures = known, [capture]  # held, so that the id is not given to another
+    return known[id(capture)]
+
+
+def draw_all(captures: Sequence[Capture]) -> None:
+    """Sketch the values of many captures in few launches, for `drawn` to find."""
+    sketches = sketch.of_many([capture.value for capture in captures])
+    _drawn.known = {id(capture): each for capture, each in zip(captures, sketches, strict=True)}
+    _drawn.captures = list(captures)
+
+
+def forget_drawn() -> None:
+    """Let go of the sketches and captures that `drawn` holds."""
+    _drawn.known, _drawn.captures = {}, []
+
+
+def stats(c: Capture) -> Iterator[Shown]:
+    """mean, std, min, max, norm (L2), zeros (a share), nan and inf (counts) of the finite values of any capture."""
+    found = drawn(c)
+    if found is not None:
+        for name in ("mean", "std", "min", "max", "norm", "zeros", "nan", "inf"):
+            yield Scalar(name, Statistic(found, name))
+
+
+def histogram(c: Capture) -> Iterator[Shown]:
+    """The distribution of the finite values of any capture."""
+    found = drawn(c)
+    if found is not None:
+        yield Histogram("histogram", found)
+
+
+def dead_units(c: Capture) -> Iterator[Shown]:
+    """Share of units (channels) whose output is exactly zero for every sample and position, to spot dying ReLUs.
+
+    Units lie along dimension 1, or along the last one for outputs ``[B, T, F]``.
+    """
+    value = c.value
+    if c.kind is Kind.OUTPUT and value.dim() >= 2 and value.layout == torch.strided and not value.is_nested:
+        units = value.movedim(-1 if value.dim() == 3 else 1, 0).flatten(1)
+        yield Scalar("dead_units", (units == 0).all(1).double().mean())
+
+
+def _of(kinds: Any, function: Callable[[Capture], Iterator[Shown]]) -> Summary:
+    function.kinds = kinds  # type: ignore[attr-defined]  # what `p.log` reads to hook no more than is needed
+    return function
+
+
+dead_units.kinds = Kind.OUTPUT  # type: ignore[attr-defined]
+
+
+def feature_maps(max_channels: int = 64, nrow: int = 8, per_map: bool = True) -> Summary:
+    """A grid of the first sample's feature maps, one grey tile a channel.
+
+    Arguments:
+        max_channels: show only the first so many channels.
+        nrow: tiles in a row.
+        per_map: stretch every map to the full range of grey by itself; otherwise all share one range and can be
+            compared. NaN is magenta.
+
+    Returns:
+        a summary of outputs ``[B, C, H, W]``; others yield nothing.
+    """
+    _positive(max_channels=max_channels, nrow=nrow)
+
+    def show(c: Capture) -> Iterator[Shown]:
+        if c.kind is Kind.OUTPUT and c.value.dim() == 4 and c.value.numel():
+            maps = c.value[0, :max_channels, None]
+            yield Image("feature_maps", image.grid(maps, nrow=nrow, normalize=True, scale_each=per_map))
+
+    return _of(Kind.OUTPUT, show)
+
+
+def input_images(max_images: int = 16, nrow: int = 4) -> Summary:
+    """A grid of the images that go into a layer.
+
+    Arguments:
+        max_images: show only the first so many of the batch.
+        nrow: tiles in a row.
+
+    Returns:
+        a summary of inputs ``[B, C, H, W]``; others yield nothing. Each image is stretched to the full range by itself.
+    """
+    _positive(max_images=max_images, nrow=nrow)
+
+    def show(c: Capture) -> Iterator[Shown]:
+        if c.kind is Kind.INPUT and c.value.dim() == 4 and c.value.numel():
+            yield Image("images", image.grid(c.value[:max_images], nrow=nrow, normalize=True, scale_each=True))
+
+    return _of(Kind.INPUT, show)
+
+
+def kernels(c: Capture) -> Iterator[Shown]:
+    """The kernels of a convolution, honest about channels: RGB only for three input channels, as `image.kernels`."""
+    if c.kind is ParameterKind.VALUE and c.value.dim() >= 3 and issubclass(c.module_type, _CONVOLUTIONS):
+        transposed = issubclass(c.module_type, _TRANSPOSED)
+        yield Image("kernels", image.kernels(c.value, transposed=transposed, groups=c.groups))
+
+
+kernels.kinds = ParameterKind.VALUE  # type: ignore[attr-defined]
+
+
+def embedding(max_points: int = 500, labels: Callable[[], Sequence[Any]] | None = None) -> Summary:
+    """Outputs as points for TensorBoard's projector, one a sample.
+
+    Arguments:
+        max_points: only the first so many samples of a batch.
+        labels: called when a batch is captured; gives a label for every sample of it.
+
+    Returns:
+        a summary of outputs ``[B, ...]``, flattened to ``[B, F]``.
+    """
+    _positive(max_points=max_points)
+
+    def show(c: Capture) -> Iterator[Shown]:
+        if c.kind is Kind.OUTPUT and c.value.dim() >= 2 and c.value.numel():
+            points = c.value[:max_points].flatten(1).float()
+            yield Embedding("embedding", points, None if labels is None else list(labels())[: len(points)])
+
+    return _of(Kind.OUTPUT, show)
+
+
+def _positive(**values: int) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: give a whole number of at least 1")
