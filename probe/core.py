@@ -94,10 +94,7 @@ class Probe:
         self._every = select.layers(model)
         chosen = [] if isinstance(model, _NoModel) else select.choose(self._every, layers, exclude)
         self._scripted = [layer for layer in chosen if isinstance(layer.module, torch.jit.ScriptModule)]
-        self._layers = [layer for layer in chosen if layer not in self._scripted]
-        if self._scripted and not self._layers:
-            names = ", ".join(repr(layer.name) for layer in self._scripted)
-            raise TypeError(f"{names}: torch puts no hooks on ScriptModules; probe the model before torch.jit.script")
+        self._layers = _hookable(chosen)
         self._by_name = {name: layer for layer in self._layers for name in layer.names}
         self._known = {name for layer in self._every for name in layer.names}
         self._asked_kinds = kinds
@@ -162,8 +159,9 @@ class Probe:
     def _tell(self) -> None:
         """Be loud about layers that never fired, where something did."""
         session = self._session
-        silent = [layer for layer in self._layers if not session.taps[layer].fired]
-        if silent and session.whole_passes and not any(tap.stop for tap in session.taps.values()):
+        taps = [session.taps[layer] for layer in self._layers]
+        silent = [tap.layer for tap in taps if tap.tried and not tap.fired]
+        if silent and not any(tap.stop for tap in session.taps.values()):
             shown = ", ".join(repr(layer.name) for layer in silent[:5]) + (" ..." if len(silent) > 5 else "")
             text = f"{len(silent)} of {len(self._layers)} probed layers were never called: {shown}. The first: "
             warnings.warn(text + self._why_never(silent[0]), ProbeWarning, stacklevel=3)
@@ -258,7 +256,7 @@ class Probe:
             raise TypeError(f"edit takes a function of the value, not {function!r}")
         if not isinstance(on, Kind) or not on:
             raise TypeError(f"on={on!r}: give Kind.INPUT, OUTPUT, GRAD_OUTPUT or GRAD_INPUT")
-        chosen = select.match(self._every, selector)
+        chosen = _hookable(select.match(self._every, selector))
         added: list[tuple[Tap, Kind, Any]] = []
         for layer in chosen:
             tap = self._tap(layer)
@@ -280,7 +278,7 @@ class Probe:
 
         The rest of the block is skipped; what was captured until then can be read after it.
         """
-        taps = [self._tap(layer) for layer in select.match(self._every, selector)]
+        taps = [self._tap(layer) for layer in _hookable(select.match(self._every, selector))]
         for tap in taps:
             tap.stop = True
         self._rebind()
@@ -475,6 +473,15 @@ def _subject(model: Any, optimizer: Any) -> tuple[nn.Module, list[torch.optim.Op
         if not isinstance(each, torch.optim.Optimizer):
             raise TypeError(f"optimizer={each!r} is a {type(each).__name__}; give a torch.optim.Optimizer, or a list")
     return model, optimizers
+
+
+def _hookable(layers: list[Layer]) -> list[Layer]:
+    """The layers without ScriptModules; that nothing is left is an error."""
+    found = [layer for layer in layers if not isinstance(layer.module, torch.jit.ScriptModule)]
+    if layers and not found:
+        names = ", ".join(repr(layer.name) for layer in layers)
+        raise TypeError(f"{names}: torch puts no hooks on ScriptModules; probe the model before torch.jit.script")
+    return found
 
 
 def _why_never(session: Session, every: list[Layer], layer: Layer) -> str:

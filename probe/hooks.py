@@ -195,6 +195,7 @@ class Tap:
         self.takers: dict[Kind, tuple[Callable[..., None], ...]] = {}
         self.edits: dict[Kind, tuple[Callable[[Any], Any], ...]] = {}
         self.stop = False
+        self.tried = False  # whether a whole pass went by while it had hooks, and whether they ever fired
         self.fired = False
         self.short: Any = None
         # (sequence number, weak call, index, info) of calls whose gradients come back by another road than a closure:
@@ -268,7 +269,9 @@ class Tap:
         edits_grad = bool(self.edits.get(Kind.GRAD_INPUT)) and not by_module
         replays = wants_grad or (self.asks(Kind.GRAD_OUTPUT) and not by_module)
 
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+            if kwargs is None:  # a hook that is removed while torch runs the hooks is called as one without keywords
+                return None
             if module is not owner and not _is_replica(module):
                 return None
             edited = False
@@ -652,6 +655,8 @@ class Session:
         self.receivers: list[Receiver] = []
         self.optimizers: list[Any] = []
         self._bound: list[bool] = []
+        self._live: list[Tap] = []  # the taps that have hooks, and how many whole passes there were when they got them
+        self._live_since = 0
         self.taps: dict[Layer, Tap] = {}
         self.scopes: dict[int, nn.Module] = {}
         self._handles: list[Any] = []
@@ -679,6 +684,7 @@ class Session:
                 self._handles.append(module.register_forward_pre_hook(_Hook(self._enter)))
             for tap in taps:
                 self._handles.extend(tap.register())
+            self._live, self._live_since = taps, self.whole_passes
             for module in self.scopes.values():
                 self._handles.append(module.register_forward_hook(_Hook(self._leave), always_call=True))
         except BaseException:
@@ -690,6 +696,9 @@ class Session:
         """Take every module hook off; the hooks on tensors of live graphs stay until `close`."""
         while self._handles:
             self._handles.pop(0).remove()
+        for tap in self._live:
+            tap.tried = tap.tried or self.whole_passes > self._live_since
+        self._live = []
 
     def close(self) -> None:
         """Take everything off, also from live graphs, from any thread, also from inside a hook; again is harmless."""

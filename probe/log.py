@@ -223,7 +223,7 @@ class Log(Receiver):
     # -- parameters ----------------------------------------------------------------------------------------------------
 
     def before_step(self, optimizer: Any, step: int) -> None:
-        """Take the rates and the gradients as the update will use them, and a copy of the parameters."""
+        """Show rates, gradients and parameters as the update will use them."""
         if not self.active(step):
             return
         with quiet():
@@ -231,30 +231,26 @@ class Log(Receiver):
                 self._told[id(optimizer)] = step
                 self._rates(optimizer, step)
             self._norms(optimizer, step)
+            captures: list[Capture] = []
             for key, (_, parameter, _, _) in self._of(optimizer):
-                if self._wanted.get(ParameterKind.UPDATE) or self._wanted.get(ParameterKind.VALUE):
+                if self._wanted.get(ParameterKind.VALUE):
+                    captures.append(self._capture(key, ParameterKind.VALUE, parameter.detach(), step))
+                if self._wanted.get(ParameterKind.GRAD) and parameter.grad is not None:
+                    captures.append(self._capture(key, ParameterKind.GRAD, parameter.grad.detach(), step))
+                if self._wanted.get(ParameterKind.UPDATE):
                     # a clone, not copy-on-write: the parameter's own memory must stay where it is
                     self._before[key] = parameter.detach().clone()
-            if self._wanted.get(ParameterKind.GRAD):
-                self._show(
-                    self._capture(key, ParameterKind.GRAD, parameter.grad.detach(), step)
-                    for key, (_, parameter, _, _) in self._of(optimizer)
-                    if parameter.grad is not None
-                )
+            self._show(captures)
 
     def after_step(self, optimizer: Any, step: int) -> None:
-        """Show the parameters as they were during the step, and what the update added to them."""
-        if not self.active(step):
+        """Show what the update added to the parameters."""
+        if not self._before:
             return
         with quiet():
             captures: list[Capture] = []
             for key, (_, parameter, _, _) in self._of(optimizer):
                 before = self._before.pop(key, None)
-                if before is None:
-                    continue
-                if self._wanted.get(ParameterKind.VALUE):
-                    captures.append(self._capture(key, ParameterKind.VALUE, before, step))
-                if self._wanted.get(ParameterKind.UPDATE):
+                if before is not None:
                     update = parameter.detach() - before
                     captures.append(self._capture(key, ParameterKind.UPDATE, update, step))
                     ratio = _norm([update]) / _norm([before])

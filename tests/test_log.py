@@ -1,0 +1,347 @@
+"""`Probe.log`: what is in the event files is what flowed; nothing is hooked in between; one transfer a step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+import probe
+from probe import Board, Capture, Histogram, Image, Kind, ParameterKind, Probe, Scalar, histogram, sketch, stats
+from probe.hooks import _Hook
+from tests import zoo
+
+
+def read(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "histograms": 0, "images": 0}).Reload()
+
+
+def scalars(folder: Path, tag: str) -> dict[int, float]:
+    return {event.step: event.value for event in read(folder).Scalars(tag)}
+
+
+def hooked(model: nn.Module) -> list[str]:
+    return [
+        name
+        for name, module in model.named_modules()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        if any(isinstance(hook, _Hook) for hook in hooks.values())
+    ]
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[torch.Tensor]) -> None:
+    optimizer.zero_grad()
+    for x in batches:
+        (model(x).square().mean() / len(batches)).backward()
+    optimizer.step()
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True), nn.Linear(3, 2))
+
+
+@pytest.fixture
+def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def test_event_files_hold_what_flowed(tmp_path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Activations, gradients, parameters, their gradients and updates, against numbers taken by hand."""
+    x, twin = torch.randn(5, 4), copy.deepcopy(model)
+    before = twin[0].weight.detach().clone()
+    truth = zoo.references(twin, x, backward=False)
+    out = twin(x)
+    out.square().mean().backward()
+    gradient = twin[0].weight.grad
+    with Board(str(tmp_path)) as board, Probe(model, optimizer=optimizer) as p:
+        p.log(board, stats, histogram)
+        train(model, optimizer, [x])
+    assert scalars(tmp_path, "0/output/mean") == {0: pytest.approx(float(truth["0"][0][0].mean()), rel=1e-5)}
+    assert scalars(tmp_path, "0.weight/value/norm")[0] == pytest.approx(float(before.norm()), rel=1e-5)
+    assert scalars(tmp_path, "0.weight/grad/norm")[0] == pytest.approx(float(gradient.norm()), rel=1e-5)
+    update = model[0].weight.detach() - before
+    assert scalars(tmp_path, "0.weight/update/norm")[0] == pytest.approx(float(update.norm()), rel=1e-4)
+    ratio = float(update.norm() / before.norm())
+    assert scalars(tmp_path, "0.weight/update/ratio")[0] == pytest.approx(ratio, rel=1e-4)
+    assert scalars(tmp_path, "lr/group0") == {0: pytest.approx(0.1)}
+    (event,) = read(tmp_path).Histograms("0/output/histogram")
+    assert sum(event.histogram_value.bucket) == truth["0"][0][0].numel()
+    (event,) = read(tmp_path).Histograms("2/grad_output/histogram")
+    assert sum(event.histogram_value.bucket) == out.numel()
+
+
+def test_only_every_nth_step_is_hooked_and_logged(
+    tmp_path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """On the steps between, no module carries a hook of ours; the events' steps are the observed ones."""
+    seen = []
+    with Board(str(tmp_path)) as board, Probe(model, optimizer=optimizer) as p:
+        p.log(board, stats, every=3)
+        for _ in range(7):
+            seen.append(bool(hooked(model)))
+            train(model, optimizer, [torch.randn(2, 4)])
+        assert p.steps == 7
+    assert seen == [True, False, False, True, False, False, True]
+    assert list(scalars(tmp_path, "0/output/mean")) == [0, 3, 6]
+    assert list(scalars(tmp_path, "0.weight/grad/mean")) == [0, 3, 6]
+
+
+def test_training_is_bit_identical(tmp_path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Weights after a logged training are those after a bare one."""
+    twin = copy.deepcopy(model)
+    other = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    batches = [torch.randn(3, 4) for _ in range(4)]
+    with Board(str(tmp_path)) as board, Probe(model, optimizer=optimizer) as p:
+        p.log(board, stats, histogram, every=2)
+        for x in batches:
+            train(model, optimizer, [x])
+    for x in batches:
+        train(twin, other, [x])
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
+def test_micro_batches_merge(tmp_path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """The statistics of a step's micro-batches are those of the batch: std too, which no mean of stds would give."""
+    x = torch.randn(6, 4)
+    whole = model[0](x).detach()
+    with Board(str(tmp_path)) as board, Probe(model, optimizer=optimizer) as p:
+        p.log(board, stats, histogram, layers="0")
+        train(model, optimizer, [x[:2], x[2:]])
+    assert scalars(tmp_path, "0/output/std")[0] == pytest.approx(float(whole.std(correction=0)), rel=1e-5)
+    (event,) = read(tmp_path).Histograms("0/output/histogram")
+    assert sum(event.histogram_value.bucket) == whole.numel()
+
+
+def test_evaluation_is_logged_apart(tmp_path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Passes in eval mode and under a tag go to sub-runs of that name."""
+    with Board(str(tmp_path)) as board, Probe(model, optimizer=optimizer) as p:
+        p.log(board, stats)
+        with torch.no_grad():
+            model.eval()(torch.ones(2, 4))
+            with p.tag("valid"):
+                model(torch.zeros(2, 4))
+        model.train()
+        train(model, optimizer, [torch.randn(2, 4)])
+    means = {run: scalars(tmp_path / run, "0/output/mean")[0] for run in ("", "eval", "valid")}
+    assert means["valid"] == pytest.approx(float(means["valid"]))
+    assert len(set(means.values())) == 3
+
+
+def test_one_transfer_an_observed_step(
+    tmp_path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is logged, by however many summaries, crosses to the host in one `fetch` an observed step."""
+    fetches: list[int] = []
+    fetch = sketch.fetch
+
+    def counted(values: Any) -> Any:
+        values = list(values)
+        fetches.append(len(values))
+        return fetch(values)
+
+    monkeypatch.setattr(sketch, "fetch", counted)
+    with Board(str(tmp_path)) as board, Probe(model, optimizer=optimizer) as p:
+        p.log(board, stats, histogram, probe.dead_units, every=2)
+        for _ in range(4):
+            train(model, optimizer, [torch.randn(2, 4)])
+    assert len(fetches) == 2
+    assert all(fetches)
+
+
+def test_a_summary_of_the_users_own(tmp_path: Path, model: nn.Module) -> None:
+    """One function; what it yields lands under the layer's tag, with p.step() in place of an optimizer."""
+
+    def mine(c: Capture) -> Iterator[Any]:
+        if c.kind is Kind.OUTPUT:
+            yield Scalar("largest", c.value.max())
+            yield Histogram("values", c.value)
+            yield Image("picture", torch.zeros(3, 4, 5))
+
+    x = torch.randn(2, 4)
+    with Board(str(tmp_path)) as board, Probe(model) as p:
+        p.log(board, mine, layers="0")
+        for _ in range(2):
+            model(x)
+            p.step()
+    assert scalars(tmp_path, "0/output/largest") == pytest.approx(dict.fromkeys((0, 1), float(model[0](x).detach().max())))
+    assert len(read(tmp_path).Histograms("0/output/values")) == 2
+    assert read(tmp_path).Images("0/output/picture")[0].width == 5
+
+
+def test_calls_and_paths_have_tags_of_their_own(tmp_path: Path) -> None:
+    """Calls after the first get a number, nested outputs their path."""
+    model = nn.ModuleDict({"shared": zoo.Shared(), "cell": nn.LSTM(4, 3)})
+    with Board(str(tmp_path)) as board, Probe(model) as p:
+        p.log(board, stats, kinds=Kind.OUTPUT)
+        model["shared"](torch.randn(2, 4))
+        model["cell"](torch.randn(2, 1, 4))
+    tags = read(tmp_path).Tags()["scalars"]
+    for tag in (
+        "shared.first/output/mean",
+        "shared.first/output#2/mean",
+        "cell/output[0]/mean",
+        "cell/output[1][1]/mean",
+    ):
+        assert tag in tags
+
+
+@pytest.mark.parametrize("on_error", ["raise", "warn"])
+def test_a_summary_that_raises(tmp_path: Path, model: nn.Module, on_error: str) -> None:
+    """It is named with layer and kind; training stops, or goes on without it."""
+
+    def broken(c: Capture) -> Iterator[Any]:
+        raise ZeroDivisionError
+
+    with Board(str(tmp_path)) as board, Probe(model) as p:
+        p.log(board, broken, stats, on_error=on_error)
+        if on_error == "raise":
+            with pytest.raises(ZeroDivisionError) as caught:
+                model(torch.randn(2, 4))
+            assert "broken" in caught.value.__notes__[0]
+            assert "'0', output" in caught.value.__notes__[0]
+        else:
+            with pytest.warns(RuntimeWarning, match="broken"):
+                model(torch.randn(2, 4))
+            model(torch.randn(2, 4))
+    assert ("0/output/mean" in read(tmp_path).Tags()["scalars"]) == (on_error == "warn")
+
+
+def test_a_plain_summary_writer_is_enough(tmp_path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Tags and numbers are the same; other modes than training get a prefix."""
+    with SummaryWriter(str(tmp_path)) as writer, Probe(model, optimizer=optimizer) as p:
+        p.log(writer, stats, histogram, probe.kernels)
+        train(model, optimizer, [torch.ones(2, 4)])
+        with torch.no_grad(), p.tag("valid"):
+            model(torch.ones(2, 4))
+    tags = read(tmp_path).Tags()
+    assert {"0/output/mean", "valid/0/output/mean", "lr/group0"} <= set(tags["scalars"])
+    assert "0.weight/grad/histogram" in tags["histograms"]
+
+
+def test_clipping_is_seen(tmp_path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """The norm of all gradients before and after clipping."""
+    with Board(str(tmp_path)) as board, Probe(model, optimizer=optimizer) as p:
+        p.log(board, stats)
+        (model(torch.randn(3, 4)) * 100).square().mean().backward()
+        norm = float(nn.utils.clip_grad_norm_(model.parameters(), 0.5))
+        optimizer.step()
+    assert scalars(tmp_path, "grad_norm/before_clipping")[0] == pytest.approx(norm, rel=1e-4)
+    assert scalars(tmp_path, "grad_norm/after_clipping")[0] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_pictures(tmp_path: Path) -> None:
+    """Inputs, kernels and feature maps, without an optimizer, through one log each."""
+    model = zoo.ConvNet()
+    with Board(str(tmp_path)) as board, Probe(model) as p:
+        p.log(board, probe.feature_maps(), probe.kernels, probe.input_images(), layers="features.0")
+        model(torch.rand(2, 3, 8, 8))
+    expected = {"features.0/output/feature_maps", "features.0.weight/value/kernels", "features.0/input/images"}
+    assert set(read(tmp_path).Tags()["images"]) == expected
+
+
+def test_a_layer_that_changes_shape(tmp_path: Path, model: nn.Module) -> None:
+    """Batches of other sizes are logged like any."""
+    with Board(str(tmp_path)) as board, Probe(model) as p:
+        p.log(board, stats, histogram)
+        for size in (1, 7, 3):
+            model(torch.randn(size, 4))
+            p.step()
+    counts = [sum(e.histogram_value.bucket) for e in read(tmp_path).Histograms("2/output/histogram")]
+    assert counts == [2, 14, 6]
+
+
+def test_removing_a_log(tmp_path: Path, model: nn.Module) -> None:
+    """The handle ends it; what was open is written."""
+    with Board(str(tmp_path)) as board, Probe(model) as p:
+        handle = p.log(board, stats)
+        model(torch.randn(2, 4))
+        handle.remove()
+        assert not hooked(model)
+        p.step()
+        model(torch.randn(2, 4))
+    assert list(scalars(tmp_path, "0/output/mean")) == [0]
+
+
+def test_a_probe_that_logs_keeps_nothing(tmp_path: Path, model: nn.Module) -> None:
+    """Unless keep= says so; the error says what to type."""
+    with Board(str(tmp_path)) as board:
+        with Probe(model) as p:
+            p.log(board, stats)
+            model(torch.randn(2, 4))
+            with pytest.raises(AttributeError, match="keep=1"):
+                _ = p["0"].output
+        with Probe(model, keep=1) as p:
+            p.log(board, stats)
+            model(torch.randn(2, 4))
+        assert p["0"].output.shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda p, b: p.log(b), TypeError, "at least one summary"),
+        (lambda p, b: p.log(stats), TypeError, "writes to a Board"),
+        (lambda p, b: p.log(b, 3), TypeError, "no summary"),
+        (lambda p, b: p.log(b, stats, every=0), ValueError, "every=0"),
+        (lambda p, b: p.log(b, stats, on_error="ignore"), ValueError, "on_error"),
+        (lambda p, b: p.log(b, stats, kinds="output"), TypeError, "kinds="),
+        (lambda p, b: p.log(b, stats, layers="nope"), probe.NoSuchLayer, "nope"),
+    ],
+)
+def test_bad_arguments(
+    tmp_path: Path, model: nn.Module, call: Callable[[Any, Any], Any], error: type[Exception], text: str
+) -> None:
+    """Refused before anything is changed."""
+    with Board(str(tmp_path)) as board:
+        p = Probe(model)
+        with pytest.raises(error, match=text):
+            call(p, board)
+        with p:
+            model(torch.randn(2, 4))
+        assert p["0"].output is not None
+
+
+def test_no_hook_waits_for_a_device(tmp_path: Path) -> None:
+    """Inside hooks and at the end of a step nothing is read back: checked with tensors that refuse to be."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class NoReading(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            assert "local_scalar_dense" not in str(func), "a hook read a number back"
+            return func(*args, **(kwargs or {}))
+
+    model = zoo.ConvNet()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=True)
+    with Board(str(tmp_path)) as board, Probe(model, optimizer=optimizer) as p:
+        p.log(board, probe.dead_units, probe.feature_maps())
+        with NoReading():
+            train(model, optimizer, [torch.randn(2, 3, 8, 8)])
+
+
+def test_a_probe_on_an_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """It traces the schedule, and nothing else."""
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    with Probe(optimizer) as p:
+        for _ in range(3):
+            model(torch.randn(2, 4)).sum().backward()
+            optimizer.step()
+            scheduler.step()
+    np.testing.assert_allclose(p.schedule.lr[:, 0], [0.1, 0.05, 0.025])
+    assert p.steps == 3
+    assert list(p) == []
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+    with pytest.raises(AttributeError, match="optimizer=optimizer"):
+        _ = Probe(model).schedule
+    with pytest.raises(TypeError, match="optimizer="):
+        Probe(model, optimizer="adam")
+    assert ParameterKind.VALUE.label == "value"
