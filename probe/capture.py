@@ -49,6 +49,23 @@ class ParameterKind(enum.Flag):
         return "|".join(str(member.name).lower() for member in self)
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Layer:
+    """One module object of a model.
+
+    Arguments:
+        names: every dotted name it goes by, the first registered one first; ``("",)`` is the root.
+        module: the module itself.
+    """
+
+    names: tuple[str, ...]
+    module: torch.nn.Module
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Capture:
     """One detached tensor that passed a hook, and where it came from.

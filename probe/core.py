@@ -13,12 +13,14 @@ import torch
 from torch import nn
 
 from probe import schedule, select
-from probe.capture import Kind, ParameterKind, Summary
-from probe.hooks import Receiver, Session, StopForward, Tap
+from probe.calls import Receiver, StopForward
+from probe.capture import Kind, Layer, ParameterKind, Summary
+from probe.hooks import Tap
 from probe.log import Log, Parameters
 from probe.observers import Adapter, Store
-from probe.record import OverwrittenRow, Reading, Record, Row, Table, missing, overwritten
-from probe.select import Layer, NoSuchLayer
+from probe.record import OverwrittenRow, Reading, Record, Row, Table, missing, overwritten, why_no_gradients
+from probe.select import NoSuchLayer
+from probe.session import Session
 from probe.table import LayerTable, layer_table
 from probe.tree import leaves
 
@@ -186,7 +188,7 @@ class Probe:
 
     def _why_absent(self, name: Any) -> str:
         if not isinstance(name, str):
-            return f"layers are read by name; {name!r} is a {type(name).__name__}"
+            return f"layers are read by name; {name!r} is of type {type(name).__name__}"
         if name not in self._known:
             return f"the model has no layer {name!r}; {select.nearest(self._every, name)}"
         if any(name in layer.names for layer in self._scripted):
@@ -222,14 +224,15 @@ class Probe:
         calls = {layer: self._store.calls(layer) for layer in self._layers}
         if not self._session.passes:
             rows.append(Row("", self._why_never(self._every[0])))
-        infos = {call.info for each in calls.values() for call in each}
-        blind = bool(infos) and not any(info.grad_enabled for info in infos)
+        blind = why_no_gradients([call for each in calls.values() for call in each])
         if blind and self._kinds & (Kind.GRAD_INPUT | Kind.GRAD_OUTPUT):
-            rows.append(Row("", "no gradients: the forward ran under no_grad or inference_mode"))
+            rows.append(Row("", f"no gradients: {blind}"))
         for layer in self._layers if self._session.passes else ():
             if not self._session.taps[layer].fired:
                 rows.append(Row(layer.name, self._why_never(layer)))
-            reasons = dict.fromkeys(reason for call in calls[layer] for reason in missing(call, self._kinds, blind))
+            reasons = dict.fromkeys(
+                reason for call in calls[layer] for reason in missing(call, self._kinds, blind is not None)
+            )
             rows.extend(Row(layer.name, reason) for reason in reasons)
         return Table(rows, ("layer", "not captured, because"), "everything that was asked for was captured")
 
@@ -403,7 +406,8 @@ class Probe:
 
     def summary(self) -> LayerTable:
         """A table with one row a layer: type, output shape and dtype, statistics, gradient norm, calls."""
-        return layer_table((layer, self._store.calls(layer)) for layer in self._layers)
+        taps = self._session.taps
+        return layer_table((layer, self._store.calls(layer), taps[layer].fired) for layer in self._layers)
 
     def __str__(self) -> str:
         return str(self.summary())
@@ -489,7 +493,7 @@ def _why_never(session: Session, every: list[Layer], layer: Layer) -> str:
     module = layer.module
     tap = session.taps.get(layer)
     if not session.passes:
-        dynamo = " Was it compiled before the probe was entered?" if "torch._dynamo" in sys.modules else ""
+        dynamo = " (was it compiled before that?)" if "torch._dynamo" in sys.modules else ""
         return "the model was not called while the probe was attached" + dynamo
     if tap is not None and tap.fired:
         return "it was called, but not in the passes that are kept (keep= says how many)"
@@ -503,6 +507,8 @@ def _why_never(session: Session, every: list[Layer], layer: Layer) -> str:
         if isinstance(parent.module, select.WORKS_INSIDE) and any(m is module for m in parent.module.children()):
             kind = type(parent.module).__name__
             return f"never called: its parent {parent.name!r} ({kind}) uses its weights without calling it"
+    if any(each.stop for each in session.taps.values()):
+        return "never called: stop_after ended the forward before it"
     return (
         "never called: the model skips it, calls its .forward directly, uses its weights in a function, "
         "or took a fused path around it"

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from probe import sketch
-from probe.capture import Capture, Embedding, Histogram, Image, Kind, ParameterKind, Scalar, Summary
-from probe.hooks import Call, Pass, Receiver, at_end_of_backward
+from probe.calls import Call, Pass, Receiver
+from probe.capture import Capture, Embedding, Histogram, Image, Kind, Layer, ParameterKind, Scalar, Summary
+from probe.hooks import at_end_of_backward
 from probe.observers import quiet
-from probe.select import Layer
 from probe.sketch import Sketch
 from probe.summary import Statistic, draw_all, forget_drawn
 from probe.tree import input_leaves, leaves, snapshot

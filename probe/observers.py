@@ -12,10 +12,11 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from probe.capture import Capture, Kind
+from probe.calls import Call, Pass, Receiver
+from probe.capture import Capture, Kind, Layer
 from probe.graph import version
-from probe.hooks import Call, Pass, Receiver, Session
-from probe.select import Layer, modules
+from probe.select import modules
+from probe.session import Session
 from probe.tree import data_address, input_leaves, leaves, rebuild, snapshot, storage_of
 
 Taker = Callable[..., None]

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from probe.capture import Kind
-from probe.hooks import UNSET, Call, Pass
+from probe.calls import UNSET, Call, Pass
+from probe.capture import Kind, Layer
 from probe.observers import Backward, Seen
-from probe.select import Layer
 from probe.tree import data_address, fill, inputs
 
 
@@ -31,8 +30,8 @@ class Reading:
     def check(self, layer: Layer, kind: Kind, field: str) -> None:
         if not self.keep:
             raise AttributeError(
-                f"this probe keeps no values because it has observers or logs; to read {field} of {layer.name!r} "
-                "create it with Probe(..., keep=1)"
+                f"this probe keeps no values (keep=0, the default with observers and logs); to read {field} of "
+                f"{layer.name!r} create it with Probe(..., keep=1)"
             )
         if kind not in self.kinds:
             have = " | ".join(f"Kind.{member.name}" for member in self.kinds)
@@ -110,7 +109,7 @@ class Record:
     @property
     def input(self) -> Any:
         """The sole argument, the tuple of positional ones, or the dict of keywords where there are only those."""
-        return inputs(self.args, self.kwargs)
+        return inputs(self._get(Kind.INPUT, "args", "input"), self._get(Kind.INPUT, "kwargs", "input"))
 
     @property
     def output(self) -> Any:
@@ -144,13 +143,13 @@ class Record:
             raise AttributeError(f"there is no {field} of {self.name!r}: {self._reading.why_never(self._layer)}")
         return self._calls[self._index]
 
-    def _get(self, kind: Kind, field: str) -> Any:
-        self._reading.check(self._layer, kind, field)
-        call = self._call(field)
+    def _get(self, kind: Kind, field: str, shown: str = "") -> Any:
+        self._reading.check(self._layer, kind, shown or field)
+        call = self._call(shown or field)
         value = getattr(call, field)
         if value is UNSET:
             why = call.raised or "its forward has not returned yet"
-            raise AttributeError(f"there is no {field} of {self.name!r}: {why}")
+            raise AttributeError(f"there is no {shown or field} of {self.name!r}: {why}")
         return value
 
     def _gradient(self, kind: Kind, field: str) -> Any:
@@ -188,10 +187,20 @@ def why_no_gradient(call: Call, kind: Kind) -> str | None:
         lost = [note for note in call.notes if "lost" in note]
         if lost:
             return lost[0]
-    if not call.needs_grad:
+    if not call.needs_grad or (kind is Kind.GRAD_INPUT and not call.input_needs_grad):
         return None
     if not call.info.backwards:
         return "no backward pass has come back to it; call backward() on a loss that depends on it"
+    return None
+
+
+def why_no_gradients(calls: list[Call]) -> str | None:
+    """Why there is not one gradient in all these calls, where one reason holds for all of them."""
+    if calls and not any(call.info.grad_enabled for call in calls):
+        return "the forward ran under no_grad or inference_mode"
+    waiting = any(call.needs_grad for call in calls)
+    if waiting and not any(call.info.backwards or lost_views(call) for call in calls):
+        return "no backward pass has come back; call backward() on a loss that depends on the output"
     return None
 
 
@@ -202,7 +211,7 @@ def lost_views(call: Call) -> list[str]:
 
 
 def missing(call: Call, kinds: Kind, blind: bool) -> list[str]:
-    """What is not on a call though it was asked for, in words; `blind`: the whole pass could have no gradients."""
+    """What is not on a call though it was asked for, in words; `blind`: there are no gradients at all, as was said."""
     if call.raised:
         return [call.raised]
     found = [note for note in call.notes if "lost" not in note]
@@ -214,6 +223,8 @@ def missing(call: Call, kinds: Kind, blind: bool) -> list[str]:
     for kind in asked:
         side = "grad_output" if kind is Kind.GRAD_OUTPUT else "grad_input"
         if any(getattr(each, side) for each in call.backwards):
+            continue
+        if kind is Kind.GRAD_INPUT and not call.input_needs_grad:
             continue
         if reason := why_no_gradient(call, kind):
             found.append(f"no {side}: {reason}")

@@ -7,10 +7,11 @@ import fnmatch
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+from probe.capture import Layer
 
 Selector = str | re.Pattern[str] | type[nn.Module] | nn.Module | Callable[[str, nn.Module], bool]
 """One way to say which layers: an exact name or a glob (``*`` crosses dots), a compiled pattern (``search``), a module
@@ -34,23 +35,6 @@ class NoSuchLayer(KeyError, ValueError):
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""  # KeyError would print the message's repr
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Layer:
-    """One module object of a model.
-
-    Arguments:
-        names: every dotted name it goes by, the first registered one first; ``("",)`` is the root.
-        module: the module itself.
-    """
-
-    names: tuple[str, ...]
-    module: nn.Module
-
-    @property
-    def name(self) -> str:
-        return self.names[0]
 
 
 def wrapped_attribute(module: nn.Module) -> str | None:
@@ -98,7 +82,7 @@ def modules(model: nn.Module) -> list[nn.Module]:
 
 
 def ancestors(model: nn.Module, chosen: Iterable[nn.Module]) -> list[nn.Module]:
-    """Every module with one of `chosen` somewhere below it, wrappers included, the root first."""
+    """Every module with one of `chosen` below it, wrappers included, the root first; the root also if it is chosen."""
     wanted = {id(module) for module in chosen}
     found: dict[int, nn.Module] = {}
 
@@ -106,7 +90,7 @@ def ancestors(model: nn.Module, chosen: Iterable[nn.Module]) -> list[nn.Module]:
         if id(module) in above:
             return False
         inside = [below(child, (*above, id(module))) for child in module._modules.values() if child is not None]
-        if any(inside):
+        if any(inside) or (module is model and id(module) in wanted):
             found[id(module)] = module
         return any(inside) or id(module) in wanted
 

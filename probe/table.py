@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from probe import sketch
-from probe.hooks import UNSET, Call
-from probe.select import Layer
+from probe.calls import UNSET, Call
+from probe.capture import Layer
 from probe.tree import leaves
 
 
@@ -46,7 +46,7 @@ class LayerTable(list[LayerRow]):
     def _repr_html_(self) -> str:
         head = "".join(f"<th>{html.escape(name)}</th>" for name in _HEADER)
         body = "".join(
-            ("<tr style='background:#fdd'>" if row.mark else "<tr>")
+            ("<tr style='background:#fdd'>" if row.mark.startswith("!") else "<tr>")
             + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(row))
             + "</tr>"
             for row in self
@@ -58,9 +58,13 @@ _HEADER = ("layer", "type", "output", "dtype", "mean", "std", "zeros", "NaN/Inf"
 _NUMBERS = range(4, 10)
 
 
-def layer_table(layers: Iterable[tuple[Layer, list[Call]]]) -> LayerTable:
-    """The table of layers, each with its calls of the last pass. Reading the numbers waits for the device."""
-    return LayerTable(_row(layer, calls) for layer, calls in layers)
+def layer_table(layers: Iterable[tuple[Layer, list[Call], bool]]) -> LayerTable:
+    """The table of layers, each with its calls of the last pass, and whether it was ever called.
+
+    Reading the numbers waits for the device.
+    """
+    rows = [(_row(layer, calls), fired) for layer, calls, fired in layers]
+    return LayerTable(row._replace(mark="(not kept)") if fired and not row.calls else row for row, fired in rows)
 
 
 def _row(layer: Layer, calls: list[Call]) -> LayerRow:

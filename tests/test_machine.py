@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import nn
 
 from probe import Kind, Probe
-from probe.hooks import _Hook
+from probe.hooks import Hook
 from probe.tree import leaves
 from tests.strategies import WIDTH, trees
 from tests.zoo import fingerprint, loss, references
@@ -85,7 +85,7 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def raise_somewhere(self, data: Any) -> None:
         """An exception in any module, at its entry or its end, leaves everything fit to go on."""
-        where = data.draw(st.sampled_from([m for m in self.model.modules()]))
+        where = data.draw(st.sampled_from(list(self.model.modules())))
         kind = data.draw(st.sampled_from([Boom, KeyboardInterrupt]))
 
         def boom(*args: Any) -> None:
@@ -120,7 +120,7 @@ class Machine(RuleBasedStateMachine):
             pickle.loads(pickle.dumps(self.model)),
             torch.load(buffer, weights_only=False),
         ):
-            assert not any(isinstance(h, _Hook) for m in other.modules() for h in m._forward_hooks.values())
+            assert not any(isinstance(h, Hook) for m in other.modules() for h in m._forward_hooks.values())
             kept = [len(p[name].calls) for p in self.probes for name in p]
             with torch.no_grad():
                 assert torch.equal(other(self.x), self.truth[""][-1][0])

@@ -1,0 +1,151 @@
+"""Calls and passes: what the hooks make of a forward, and who receives it. Plain book-keeping."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from probe.capture import Kind, Layer
+from probe.graph import Edges
+
+UNSET: Any = type("Unset", (), {"__repr__": lambda self: "<not captured>", "__bool__": lambda self: False})()
+"""Stands where nothing was captured."""
+
+_settling = threading.Lock()
+
+
+class PassInfo:
+    """What all calls of a pass share; it refers to none of them, so that no pass is a reference cycle."""
+
+    __slots__ = ("backwards", "grad_enabled", "mode", "step", "thread")
+
+    def __init__(self, step: int, mode: str) -> None:
+        self.step = step
+        self.mode = mode
+        self.grad_enabled = torch.is_grad_enabled()
+        self.thread = threading.get_ident()
+        self.backwards: set[int] = set()
+
+
+class Call:
+    """One call of one module: its place in the pass, and what the takers put on it."""
+
+    args: Any = UNSET
+    kwargs: Any = UNSET
+    output: Any = UNSET
+    shape_in: Any = UNSET  # what gradients mirror: arguments and output with a slot in place of every tensor
+    shape_kwargs: Any = UNSET
+    shape_out: Any = UNSET
+    raised = ""  # why there is no output
+    backwards: tuple[Any, ...] = ()
+    notes: tuple[str, ...] = ()
+    needs_grad = False
+    input_needs_grad = False
+    views: tuple[tuple[str, torch.Tensor, int], ...] = ()  # outputs that are views: path, detached alias, version
+
+    def __init__(self, layer: Layer, index: int, info: PassInfo) -> None:
+        self.layer = layer
+        self.index = index
+        self.info = info
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes = (*self.notes, text)
+
+
+class Pass:
+    """One outermost call into the probed model, or into any part of it, in one thread."""
+
+    __slots__ = (
+        "__weakref__",
+        "calls",
+        "depth",
+        "events",
+        "handles",
+        "info",
+        "open",
+        "outermost",
+        "raw",
+        "stack",
+        "storages",
+    )
+
+    def __init__(self, outermost: nn.Module, info: PassInfo, handles: list[Any]) -> None:
+        self.outermost = outermost
+        self.info = info
+        self.handles = handles
+        self.depth = 1
+        self.open = True
+        self.calls: defaultdict[Layer, list[Call]] = defaultdict(list)
+        self.events: list[Any] = []  # what the store saw, in order of time
+        self.stack: list[tuple[Any, Call, Edges | None]] = []
+        self.storages: dict[int, str] = {}
+        self.raw: list[tuple[Any, torch.UntypedStorage, torch.Tensor, int]] = []
+
+    def settle(self) -> None:
+        """Make calls of what the short hooks logged since the last time, in order."""
+        if self.raw:
+            with _settling:
+                entries = self.raw[:]
+                del self.raw[: len(entries)]  # the same list: its append is bound in the running thread
+                for tap, *entry in entries:
+                    tap.short.settle(self, self._call(tap.layer), *entry)
+
+    def call(self, layer: Layer) -> Call:
+        self.settle()
+        return self._call(layer)
+
+    def _call(self, layer: Layer) -> Call:
+        calls = self.calls[layer]
+        call = Call(layer, len(calls), self.info)
+        calls.append(call)
+        return call
+
+    def pop(self, tap: Any) -> tuple[Call, Edges | None] | None:
+        """The innermost open call of the tap; calls above it were left by an exception."""
+        for depth in range(len(self.stack) - 1, -1, -1):
+            if self.stack[depth][0] is tap:
+                _, call, edges = self.stack[depth]
+                del self.stack[depth:]
+                return call, edges
+        return None
+
+
+class Receiver:
+    """What a session delivers to."""
+
+    def active(self, step: int) -> bool:
+        """Whether it wants anything in this step; a layer that nobody wants anything of has no hook."""
+        return True
+
+    def taker(self, layer: Layer, kind: Kind) -> Callable[..., None] | None:
+        """A function that runs in the hook, or None.
+
+        It is called as ``take(pass_, call, value)`` with the ``(args, kwargs)`` for INPUT or what the module returned
+        for OUTPUT, and as ``take(call, path, gradient, backward)`` with the number of the backward pass for gradients.
+        """
+
+    def begin(self, pass_: Pass) -> None:
+        """A pass begins."""
+
+    def before_step(self, optimizer: Any, step: int) -> None:
+        """An optimizer is about to step."""
+
+    def after_step(self, optimizer: Any, step: int) -> None:
+        """An optimizer has stepped."""
+
+    def end_step(self, step: int, *, stepped: bool) -> None:
+        """A step is over; `stepped`: by an optimizer's step."""
+
+
+class StopForward(Exception):
+    """Ends a forward after the layer that ``Probe.stop_after`` named; the probe's ``with`` swallows it."""
+
+    def __init__(self, session: object, name: str) -> None:
+        super().__init__(f"the forward was stopped after layer {name!r}")
+        self.session = session

@@ -1,0 +1,246 @@
+"""`Session`: all hooks of one probe, put on and taken off together, and the passes that go through them."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+import torch
+from torch import nn
+
+from probe.calls import Pass, PassInfo, Receiver
+from probe.capture import Kind, Layer
+from probe.hooks import Local, Tap, graph_task, is_replica, on_enter, on_gradient_of, on_leave, on_step, raised
+from probe.select import ancestors
+from probe.tree import leaves, storage_of
+
+
+class Session:
+    """All hooks of one probe, and the state they share. It never refers to the probe, which can so be collected."""
+
+    def __init__(self, model: nn.Module, *, backward: str = "tensor", copy_views: bool = False) -> None:
+        self.model = model
+        self.backward = backward
+        self.copy_views = copy_views
+        self.local = Local()
+        self.closed = True
+        self.step = 0
+        self.passes = 0
+        self.whole_passes = 0  # those that no exception ended
+        self.versions = True  # False in inference mode, where tensors count no versions
+        self.tag: str | None = None
+        self.receivers: list[Receiver] = []
+        self.optimizers: list[Any] = []
+        self._bound: list[bool] = []
+        self._live: list[Tap] = []  # the taps that have hooks, and how many whole passes there were when they got them
+        self._live_since = 0
+        self.taps: dict[Layer, Tap] = {}
+        self.scopes: dict[int, nn.Module] = {}
+        self._handles: list[Any] = []
+        self._active: set[Pass] = set()
+        self._tensor_handles: list[list[Any]] = []
+        self._leaves: dict[int, list[tuple[Any, torch.Tensor, bool]]] = {}  # by the thread whose pass handed them on
+        self._prune_at = 2
+        self._lock = threading.Lock()
+
+    def bind(self) -> None:
+        """Ask every receiver what it wants in this step, and put the hooks on; if one can't be, none is left behind."""
+        self.detach()
+        self._bound = [receiver.active(self.step) for receiver in self.receivers]
+        active = [receiver for receiver, wants in zip(self.receivers, self._bound, strict=True) if wants]
+        for tap in self.taps.values():
+            tap.takers = {
+                kind: tuple(take for each in active if (take := each.taker(tap.layer, kind)) is not None)
+                for kind in Kind
+            }
+        taps = [tap for tap in self.taps.values() if tap.stop or any(map(tap.asks, Kind))]
+        scopes = ancestors(self.model, [tap.layer.module for tap in taps])
+        self.scopes = {id(module): module for module in scopes if not isinstance(module, torch.jit.ScriptModule)}
+        try:
+            for module in self.scopes.values():  # first in, so that a pass begins before and ends after our other hooks
+                self._handles.append(on_enter(module, self._enter))
+            for tap in taps:
+                self._handles.extend(tap.register())
+            self._live, self._live_since = taps, self.whole_passes
+            for module in self.scopes.values():
+                self._handles.append(on_leave(module, self._leave))
+        except BaseException:
+            self.detach()
+            raise
+        self.closed = False
+
+    def detach(self) -> None:
+        """Take every module hook off; the hooks on tensors of live graphs stay until `close`."""
+        while self._handles:
+            self._handles.pop(0).remove()
+        for tap in self._live:
+            tap.tried = tap.tried or self.whole_passes > self._live_since
+        self._live = []
+
+    def close(self) -> None:
+        """Take everything off, also from live graphs, from any thread, also from inside a hook; again is harmless."""
+        self.closed = True
+        self.detach()
+        with self._lock:
+            lists, self._tensor_handles = self._tensor_handles, []
+            active, self._active = self._active, set()
+        for pass_ in active:
+            pass_.open = False
+            pass_.stack.clear()
+        self.local.current = self.local.log = None
+        self.local.replay_stack = ()
+        for handles in lists:
+            for handle in handles:
+                handle.remove()
+        for thread in list(self._leaves):
+            self._release_leaves(thread)
+
+    def dissolve(self) -> None:
+        """The probe is gone: break the cycle of session and taps, so that what was kept is freed now."""
+        self.receivers = []
+        self.taps = {}
+
+    def step_with(self, optimizer: torch.optim.Optimizer) -> list[Any]:
+        """Have receivers told of the optimizer's steps; a step of the first such optimizer ends a step. The handles.
+
+        Step hooks only: ``step`` is never wrapped.
+        """
+        self.optimizers.append(optimizer)
+        return on_step(optimizer, self._before_step, self._after_step)
+
+    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        for receiver in self.receivers:
+            receiver.before_step(optimizer, self.step)
+
+    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        for receiver in self.receivers:
+            receiver.after_step(optimizer, self.step)
+        if optimizer is self.optimizers[0]:
+            self.advance(stepped=True)
+
+    def advance(self, *, stepped: bool = False) -> None:
+        """A step has ended: receivers send off what they have, and hooks are put on or taken off for the next one."""
+        for receiver in self.receivers:
+            receiver.end_step(self.step, stepped=stepped)
+        self.step += 1
+        if not self.closed and [receiver.active(self.step) for receiver in self.receivers] != self._bound:
+            self.bind()
+
+    def is_scope(self, module: nn.Module) -> bool:
+        return id(module) in self.scopes
+
+    def begin(self, module: nn.Module) -> Pass | None:
+        if self.closed:
+            return None
+        pass_ = Pass(
+            module, PassInfo(self.step, self.tag or ("train" if self.model.training else "eval")), self.handles()
+        )
+        pass_.open = not (torch._C._is_tracing() or torch.compiler.is_exporting())
+        with self._lock:
+            self.passes += 1
+            self._active.add(pass_)
+        self.local.current = pass_
+        self._release_leaves(threading.get_ident())
+        if pass_.open:
+            self.versions = not torch.is_inference_mode_enabled()
+            self.local.log = pass_.raw.append
+            for receiver in self.receivers:
+                receiver.begin(pass_)
+        return pass_
+
+    def end(self, pass_: Pass, *, whole: bool) -> None:
+        self.whole_passes += whole
+        self.local.current = self.local.log = None
+        pass_.stack.clear()
+        with self._lock:
+            self._active.discard(pass_)
+
+    def handles(self) -> list[Any]:
+        """A new list for the handles of hooks on tensors; lists whose graphs are gone are dropped now and then."""
+        fresh: list[Any] = []
+        with self._lock:
+            if len(self._tensor_handles) >= self._prune_at:
+                running = {id(pass_.handles) for pass_ in self._active}  # their threads append to them
+                for handles in self._tensor_handles:
+                    if id(handles) not in running:
+                        handles[:] = [handle for handle in handles if handle.hooks_dict_ref() is not None]
+                self._tensor_handles = [each for each in self._tensor_handles if each or id(each) in running]
+                self._prune_at = 2 * len(self._tensor_handles) + 2
+            self._tensor_handles.append(fresh)
+        return fresh
+
+    def hook_leaf(self, tensor: torch.Tensor, hook: Any) -> None:
+        had_none = tensor._backward_hooks is None
+        handle = on_gradient_of(tensor, hook)
+        with self._lock:
+            self._leaves.setdefault(threading.get_ident(), []).append((handle, tensor, had_none))
+
+    def _release_leaves(self, thread: int) -> None:
+        with self._lock:
+            leaves_ = self._leaves.pop(thread, [])
+        for handle, tensor, had_none in reversed(leaves_):
+            handle.remove()
+            if had_none and not tensor._backward_hooks:
+                tensor._backward_hooks = None
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        pass_ = self.local.current
+        if pass_ is None:
+            if graph_task() == -1 and (id(module) in self.scopes or is_replica(module)):
+                self.begin(module)
+        elif pass_.outermost is module or module is self.model:
+            # A model that calls itself, or one whose last forward was interrupted (no hook runs on KeyboardInterrupt)?
+            if _running(pass_.outermost) < pass_.depth + (pass_.outermost is module):
+                self.end(pass_, whole=False)
+                self.begin(module)
+            elif pass_.outermost is module:
+                pass_.depth += 1
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        pass_ = self.local.current
+        if pass_ is not None and pass_.outermost is module:
+            error = raised(module, output)
+            if error is not None:
+                self.explain(error, pass_)
+            pass_.depth -= 1
+            if pass_.depth == 0:
+                self.end(pass_, whole=error is None)
+
+    def explain(self, error: BaseException | None, pass_: Pass) -> None:
+        """Make torch's error about its module backward hook name the module whose output was overwritten."""
+        if self.backward != "module" or not isinstance(error, RuntimeError):
+            return
+        text = str(error)
+        if "BackwardHookFunction" not in text or "inplace" not in text or "Probe(" in text:
+            return
+        name = next((pass_.storages[key] for key in _storages_near(error) if key in pass_.storages), None)
+        who = "a probed module" if name is None else repr(name)
+        error.args = (
+            f"the output of {who} is modified in place by what follows it, which torch's module backward hook forbids. "
+            'Leave backward="module" out: Probe(model) reads the same gradients from tensor hooks, in-place or not. '
+            f"(torch: {text})",
+        )
+
+
+def _running(module: nn.Module) -> int:
+    """How many calls of `module` are running in this thread, by the interpreter's stack."""
+    count = 0
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module:
+            count += 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return count
+
+
+def _storages_near(error: BaseException) -> list[int]:
+    """Storages of the tensors that are local variables where `error` was raised, the innermost frame's first."""
+    found: list[int] = []
+    trace = error.__traceback__
+    while trace is not None:
+        tensors = [t for value in list(trace.tb_frame.f_locals.values()) for _, t in leaves(value)]
+        views = [t for t in tensors if t.grad_fn is not None and t.grad_fn.name() == "BackwardHookFunctionBackward"]
+        found = [s._cdata for t in views if (s := storage_of(t)) is not None] + found
+        trace = trace.tb_next
+    return found
