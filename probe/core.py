@@ -7,22 +7,24 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from probe import schedule, select
+from probe import select
 from probe.calls import Receiver, StopForward
 from probe.capture import Kind, Layer, ParameterKind, Summary
 from probe.hooks import Tap
-from probe.log import Log, Parameters
 from probe.observers import Adapter, Store
 from probe.record import OverwrittenRow, Reading, Record, Row, Table, missing, overwritten, why_no_gradients
 from probe.select import NoSuchLayer
 from probe.session import Session
-from probe.table import LayerTable, layer_table
 from probe.tree import leaves
+
+if TYPE_CHECKING:  # imported where they are used: they need NumPy, and ``import probe`` is to be quick
+    from probe import schedule
+    from probe.table import LayerTable
 
 
 class ProbeWarning(UserWarning):
@@ -105,7 +107,7 @@ class Probe:
         self._optimizers = optimizers
         self._scaler = scaler
         self._told: dict[int, dict[int, int]] = {}
-        self._recorder = schedule.Recorder(optimizers, scaler) if optimizers else None
+        self._recorder = _recorder(optimizers, scaler)
         adapters = [Adapter(each, self._layers, self._kinds) for each in _listed(observers)]
         self._session = Session(model, backward=backward, copy_views=copy_views)
         self._store = Store(self._session, self._layers, self._kinds, (0 if adapters else 1) if keep is None else keep)
@@ -224,8 +226,8 @@ class Probe:
         calls = {layer: self._store.calls(layer) for layer in self._layers}
         if not self._session.passes:
             rows.append(Row("", self._why_never(self._every[0])))
-        blind = why_no_gradients([call for each in calls.values() for call in each])
-        if blind and self._kinds & (Kind.GRAD_INPUT | Kind.GRAD_OUTPUT):
+        blind = why_no_gradients([call for each in calls.values() for call in each], self._kinds)
+        if blind:
             rows.append(Row("", f"no gradients: {blind}"))
         for layer in self._layers if self._session.passes else ():
             if not self._session.taps[layer].fired:
@@ -341,6 +343,8 @@ class Probe:
         Raises:
             TypeError, ValueError, NoSuchLayer: an argument is wrong; nothing is changed then.
         """
+        from probe.log import Log, Parameters
+
         _check_log(writer, summaries, every, on_error)
         if layers is None:
             chosen, owners = self._layers, self._every
@@ -407,6 +411,8 @@ class Probe:
     def summary(self) -> LayerTable:
         """A table with one row a layer: type, output shape and dtype, statistics, gradient norm, calls."""
         taps = self._session.taps
+        from probe.table import layer_table
+
         return layer_table((layer, self._store.calls(layer), taps[layer].fired) for layer in self._layers)
 
     def __str__(self) -> str:
@@ -464,6 +470,14 @@ class _Rates(Receiver):
         self._recorder.after_step(optimizer)
 
 
+def _recorder(optimizers: list[torch.optim.Optimizer], scaler: Any) -> schedule.Recorder | None:
+    if not optimizers:
+        return None
+    from probe.schedule import Recorder
+
+    return Recorder(optimizers, scaler)
+
+
 def _subject(model: Any, optimizer: Any) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
     """The model, and the optimizers; checked."""
     if isinstance(model, torch.optim.Optimizer):
@@ -492,6 +506,8 @@ def _why_never(session: Session, every: list[Layer], layer: Layer) -> str:
     """Why a layer has no call to show, as far as can be known."""
     module = layer.module
     tap = session.taps.get(layer)
+    if not session.passes and session.idle:
+        return "nothing was hooked: no values are kept (keep=0), and no observer or log wanted any"
     if not session.passes:
         dynamo = " (was it compiled before that?)" if "torch._dynamo" in sys.modules else ""
         return "the model was not called while the probe was attached" + dynamo
