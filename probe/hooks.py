@@ -165,13 +165,15 @@ class Tap:
             pass_ = local.current or session.begin(module)
             if pass_ is None or not pass_.open:
                 return None
-            call = pass_.call(layer)
+            call, place = pass_.call(layer), len(pass_.stack)
             pass_.stack.append((self, call, None))  # before user code: the forward hook finds it whatever that raises
             for edit in edits:
                 args, kwargs = _put(args, kwargs, edit(inputs(args, kwargs)))
                 edited = True
             for take in takers:
                 take(pass_, call, (args, kwargs))
+            if not pass_.open:  # an edit or observer left the probe
+                return (args, kwargs) if edited else None
             if wants_grad or by_module:
                 call.shape_in = shape(inputs(args, kwargs))
                 call.shape_kwargs = call.shape_in if kwargs and not args else shape(kwargs) if kwargs else {}
@@ -179,7 +181,7 @@ class Tap:
                 args, kwargs = self._separate(call, pass_.handles, args, kwargs)
                 edited = True
             elif wants_grad and torch.is_grad_enabled():
-                pass_.stack[-1] = (self, call, Edges(args, kwargs))
+                pass_.stack[place] = (self, call, Edges(args, kwargs))
             if by_module:
                 self.tickets.append((_sequence_number(), weakref.ref(call), call.index, call.info))
             return (args, kwargs) if edited else None
@@ -229,6 +231,8 @@ class Tap:
                     result = rebuild(result, _unview, opaque=_same)
                 for take in takers:
                     take(pass_, call, result)
+                if not pass_.open:  # an edit or observer left the probe: no hook may be put on a graph now
+                    return None if result is output else result
                 if hook_gradients is not None:
                     hook_gradients(pass_.handles, call, result, edges)
                 elif by_module:
@@ -248,6 +252,7 @@ class Tap:
         at_output = self._on_gradient(Kind.GRAD_OUTPUT) if wants_output else None
         at_input = self._on_gradient(Kind.GRAD_INPUT)
         tensor_type, hook_leaf = torch.Tensor, self.session.hook_leaf
+        edited = bool(self.edits.get(Kind.GRAD_OUTPUT))
 
         def hook(handles: list[Any], call: Call, output: Any, edges: Edges | None) -> None:
             call.shape_out = shape(output)
@@ -269,6 +274,8 @@ class Tap:
                         hook_leaf(tensor, Hook(at_output, call, path))
                         continue
                     handles.append(tensor.register_hook(Hook(at_output, call, path)))
+                    if edited:
+                        _run_first(handles[-1])
                     if tensor._is_view():
                         call.views = (*call.views, (path, tensor.detach(), version(tensor)))
 
@@ -452,13 +459,14 @@ class _Share:
         gradient = grad_inputs[position]
         if gradient is None:
             return
-        backward = graph_task()
+        backward, kept = graph_task(), snapshot(gradient)
+        if kept is None:
+            return
         if backward in self.sums:
-            self.sums[backward] = self.sums[backward] + gradient.detach()
+            self.sums[backward] = self.sums[backward] + kept
         else:
             # other consumers may never run in this backward, so the sum is complete only at its end
-            kept = snapshot(gradient)
-            self.sums[backward] = gradient.detach() if kept is None else kept
+            self.sums[backward] = kept
             at_end_of_backward(functools.partial(self.flush, backward))
 
     def flush(self, backward: int) -> None:
@@ -466,6 +474,15 @@ class _Share:
         if total is not None:
             for path in self.paths:
                 self.deliver(self.call, path, total)
+
+
+def _run_first(handle: Any) -> None:
+    """Have a tensor's hook run before the others: a gradient comes to a container before the child that it contains."""
+    hooks = handle.hooks_dict_ref()
+    others = dict(hooks)
+    hooks.clear()
+    hooks[handle.id] = others.pop(handle.id)
+    hooks.update(others)
 
 
 def _same(value: Any) -> Any:

@@ -194,11 +194,13 @@ def why_no_gradient(call: Call, kind: Kind) -> str | None:
     return None
 
 
-def why_no_gradients(calls: list[Call]) -> str | None:
-    """Why there is not one gradient in all these calls, where one reason holds for all of them."""
+def why_no_gradients(calls: list[Call], kinds: Kind) -> str | None:
+    """Why there is not one gradient of these kinds in all these calls, where one reason holds for all of them."""
+    if not kinds & (Kind.GRAD_INPUT | Kind.GRAD_OUTPUT):
+        return None
     if calls and not any(call.info.grad_enabled for call in calls):
         return "the forward ran under no_grad or inference_mode"
-    waiting = any(call.needs_grad for call in calls)
+    waiting = any(call.needs_grad if Kind.GRAD_OUTPUT in kinds else call.input_needs_grad for call in calls)
     if waiting and not any(call.info.backwards or lost_views(call) for call in calls):
         return "no backward pass has come back; call backward() on a loss that depends on the output"
     return None
@@ -295,6 +297,9 @@ def _share(seen: Seen) -> float:
     if storage is None or kept.numel() == 0 or kept.layout != torch.strided or kept.device.type == "meta":
         return 0.0
     stride, offset = seen.geometry or (kept.stride(), kept.storage_offset())
+    reach = offset + 1 + sum((size - 1) * step for size, step in zip(kept.shape, stride, strict=True))
+    if reach * kept.element_size() > storage.nbytes():
+        return 0.0  # freed or shrunk since; a tensor set on it would make it grow again
     with torch.no_grad(), torch.inference_mode(False):
         now = torch.empty(0, dtype=kept.dtype, device=kept.device).set_(storage, offset, kept.shape, stride)
         if data_address(now) == data_address(kept):

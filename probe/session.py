@@ -12,7 +12,7 @@ from torch import nn
 from probe.calls import Pass, PassInfo, Receiver
 from probe.capture import Kind, Layer
 from probe.hooks import Local, Tap, graph_task, is_replica, on_enter, on_gradient_of, on_leave, on_step, raised
-from probe.select import ancestors
+from probe.select import ancestors, modules
 from probe.tree import leaves, storage_of
 
 
@@ -33,6 +33,7 @@ class Session:
         self.receivers: list[Receiver] = []
         self.optimizers: list[Any] = []
         self._bound: list[bool] = []
+        self._fixed: frozenset[int] = frozenset()  # storages of parameters and buffers, which stay where they are
         self._live: list[Tap] = []  # the taps that have hooks, and how many whole passes there were when they got them
         self._live_since = 0
         self.taps: dict[Layer, Tap] = {}
@@ -55,6 +56,8 @@ class Session:
                 for kind in Kind
             }
         taps = [tap for tap in self.taps.values() if tap.stop or any(map(tap.asks, Kind))]
+        own = [t for m in modules(self.model) for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+        self._fixed = frozenset(s._cdata for tensor in own if (s := storage_of(tensor)) is not None)
         scopes = ancestors(self.model, [tap.layer.module for tap in taps])
         self.scopes = {id(module): module for module in scopes if not isinstance(module, torch.jit.ScriptModule)}
         try:
@@ -69,6 +72,11 @@ class Session:
             self.detach()
             raise
         self.closed = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody wanted anything when it last bound, so that no layer has a hook."""
+        return bool(self._bound) and not any(tap.stop or any(map(tap.asks, Kind)) for tap in self.taps.values())
 
     def detach(self) -> None:
         """Take every module hook off; the hooks on tensors of live graphs stay until `close`."""
@@ -133,9 +141,8 @@ class Session:
     def begin(self, module: nn.Module) -> Pass | None:
         if self.closed:
             return None
-        pass_ = Pass(
-            module, PassInfo(self.step, self.tag or ("train" if self.model.training else "eval")), self.handles()
-        )
+        mode = self.tag or ("train" if self.model.training else "eval")
+        pass_ = Pass(module, PassInfo(self.step, mode, self._fixed), self.handles())
         pass_.open = not (torch._C._is_tracing() or torch.compiler.is_exporting())
         with self._lock:
             self.passes += 1

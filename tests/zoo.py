@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils.data import Dataset
 
 
 class OutOfPlace(TorchFunctionMode):
@@ -274,9 +275,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {"rng": torch.get_rng_state().tolist()}
     for name, module in model.named_modules(remove_duplicate=False):
         for key, value in module.__dict__.items():
-            if key in ("_parameters", "_buffers", "_modules"):
-                found[f"{name}|{key}"] = [(k, id(v)) for k, v in value.items()]
-            elif isinstance(value, dict) and "hook" in key:
+            if key in ("_parameters", "_buffers", "_modules") or (isinstance(value, dict) and "hook" in key):
                 found[f"{name}|{key}"] = [(k, id(v)) for k, v in value.items()]
             else:
                 found[f"{name}|{key}"] = repr(value)
@@ -285,3 +284,17 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         hooks = None if tensor._backward_hooks is None else list(tensor._backward_hooks)
         found[f"tensor {name}"] = (tensor.tolist(), tensor.requires_grad, grad, tensor.data_ptr(), hooks)
     return found
+
+
+class Featurised(Dataset):  # type: ignore[type-arg]
+    """A data set that runs a (probed) model in its workers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        with torch.no_grad():
+            return self.model(torch.full((2,), float(index)))
