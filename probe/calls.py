@@ -22,11 +22,12 @@ _settling = threading.Lock()
 class PassInfo:
     """What all calls of a pass share; it refers to none of them, so that no pass is a reference cycle."""
 
-    __slots__ = ("backwards", "grad_enabled", "mode", "step", "thread")
+    __slots__ = ("backwards", "fixed", "grad_enabled", "mode", "step", "thread")
 
-    def __init__(self, step: int, mode: str) -> None:
+    def __init__(self, step: int, mode: str, fixed: frozenset[int] = frozenset()) -> None:
         self.step = step
         self.mode = mode
+        self.fixed = fixed  # storages of the model's own, which no snapshot may share
         self.grad_enabled = torch.is_grad_enabled()
         self.thread = threading.get_ident()
         self.backwards: set[int] = set()

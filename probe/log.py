@@ -180,7 +180,7 @@ class Log(Receiver):
         def deliver(call: Call, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
             with quiet():
                 for path, tensor in tensors:
-                    value = snapshot(tensor)
+                    value = snapshot(tensor, call.info.fixed)
                     if value is not None:
                         step, number = call.info.step, call.index
                         capture = Capture(layer.name, kind, value, step, number, path, module_type)

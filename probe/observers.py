@@ -101,13 +101,13 @@ class Adapter(Receiver):
                 functions[key] = self.observer.bind(site)
             function = functions[key]
             if function is not None:
-                function(tensor.detach())
+                function(tensor.detach() if tensor.requires_grad else tensor)
 
         return emit
 
     def _plain(self, layer: Layer, kind: Kind) -> Callable[[Call, str, torch.Tensor], None]:
         def emit(call: Call, path: str, tensor: torch.Tensor) -> None:
-            value = snapshot(tensor)
+            value = snapshot(tensor, call.info.fixed)
             if value is not None:
                 capture = Capture(layer.name, kind, value, call.info.step, call.index, path, type(layer.module))
                 shown = self.observer(capture)
@@ -269,7 +269,7 @@ def _keep(pass_: Pass, kind: Kind, call: Call, value: Any, prefix: str = "") -> 
     if type(value) is torch.Tensor:  # nearly always, so the short way is written out
         try:
             storage = value.untyped_storage()
-            if storage.nbytes() <= 4 * value.nbytes + 4096:
+            if storage.nbytes() <= 4 * value.nbytes + 4096 and storage._cdata not in call.info.fixed:
                 kept = torch._lazy_clone(value.detach() if value.requires_grad else value)
                 pass_.events.append((kind, call, prefix, kept, storage, version(value), None))
                 return kept
@@ -277,7 +277,7 @@ def _keep(pass_: Pass, kind: Kind, call: Call, value: Any, prefix: str = "") -> 
             pass
 
     def visit(path: str, tensor: torch.Tensor) -> torch.Tensor | None:
-        kept = snapshot(tensor)
+        kept = snapshot(tensor, call.info.fixed)
         if kept is not None:
             storage = storage_of(tensor)
             geometry = None if storage is None else (tensor.stride(), tensor.storage_offset())

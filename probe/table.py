@@ -90,7 +90,7 @@ def _gradient_norm(call: Call | None) -> float | None:
     if not backwards:
         return None
     norms = [drawn.norm for g in backwards[-1].grad_output.values() if (drawn := sketch.of(g)) is not None]
-    return math.hypot(*norms)
+    return math.hypot(*norms) if norms else None
 
 
 def _mark(row: LayerRow) -> str:

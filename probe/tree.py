@@ -7,7 +7,7 @@ import dataclasses
 import enum
 import sys
 import types
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Container, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -157,22 +157,29 @@ def _mapping(
     return new
 
 
-def snapshot(tensor: torch.Tensor) -> torch.Tensor | None:
+def snapshot(tensor: torch.Tensor, fixed: Container[int] = ()) -> torch.Tensor | None:
     """A detached copy that later writes to `tensor` cannot reach; None for a tensor without values (FakeTensor).
 
     Copy-on-write where torch can (``torch._lazy_clone``: shares the memory until somebody writes), else a clone:
-    storages from NumPy, shared or mapped memory, sparse and nested layouts. Also cloned are parameters (so that their
-    ``data_ptr()`` never moves) and small views of a large storage (which would keep all of it alive). Tensors of
-    ``torch.func`` transforms come out unwrapped, at full batch.
+    storages from NumPy, shared or mapped memory, sparse and nested layouts. Also cloned are small views of a large
+    storage (which would keep all of it alive), parameters, and what shares a storage with the `fixed` ones (by
+    ``_cdata``): the next write to a shared one would move it to another address. Tensors of ``torch.func`` transforms
+    come out unwrapped, at full batch.
     """
     if type(tensor) is torch.Tensor:  # nearly always; isinstance(tensor, Parameter) alone costs more than all of this
         try:
             storage = tensor.untyped_storage()  # refused where there is none, and by wrappers of torch.func
-            if storage.nbytes() <= 4 * tensor.nbytes + 4096:
+            if storage.nbytes() <= 4 * tensor.nbytes + 4096 and storage._cdata not in fixed:
                 return torch._lazy_clone(tensor.detach())
             return tensor.detach().clone()
         except (RuntimeError, NotImplementedError):
             pass
+    if torch._C._functorch.is_legacy_batchedtensor(tensor):  # in autograd.grad(..., is_grads_batched=True)
+        value, level = tensor, 0
+        while torch._C._functorch.is_legacy_batchedtensor(value):
+            level += 1
+            value = torch._remove_batch_dim(value, level, 1, 0)
+        return value.detach().clone()
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         value = tensor.detach().clone()  # first: what is unwrapped first can be a wrapper dead after the transform
         while torch._C._functorch.is_functorch_wrapped_tensor(value):
@@ -190,10 +197,10 @@ def is_fake(tensor: torch.Tensor) -> bool:
 
 
 def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage | None:
-    """The tensor's storage, or None where it has none (sparse, nested, wrapped by torch.func)."""
+    """The tensor's storage, or None where it has none (sparse, nested, wrapped by torch.func, uninitialised)."""
     try:
-        return tensor.untyped_storage()
-    except (RuntimeError, NotImplementedError):
+        return None if tensor.is_nested else tensor.untyped_storage()
+    except (RuntimeError, NotImplementedError, ValueError):
         return None
 
 

@@ -80,7 +80,7 @@ def test_bad_arguments_are_refused_before_anything_is_touched(
     assert zoo.fingerprint(net) == before
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_a_scripted_model_is_refused(net: nn.Module) -> None:
     """With the order of things that works."""
     with pytest.raises(TypeError, match=r"torch puts no hooks on it; probe it before torch\.jit\.script"):
@@ -305,7 +305,7 @@ def test_compiled_models_run_eagerly(x: torch.Tensor) -> None:
     assert (p["0"].output < 0).any()
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_transforms_of_torch_func(net: nn.Module, x: torch.Tensor) -> None:
     """Over a probed model they work; captured is the full batch, without tangent, and it outlives the transform."""
     rows = x.detach()
@@ -346,7 +346,7 @@ def test_gradients_of_many_at_once(x: torch.Tensor) -> None:
     torch.testing.assert_close(batched.grad_input, torch.stack([each.grad_input for each in single]))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 @pytest.mark.parametrize("how", ["trace", "export", "fake"])
 def test_values_that_are_none_do_not_get_into_records(how: str, net: nn.Module, x: torch.Tensor) -> None:
     """Tracing, exporting and fake tensors run the hooks with stand-ins: they leave no trace, nor are hooks exported."""

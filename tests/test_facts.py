@@ -323,7 +323,7 @@ def test_full_backward_hook_forbids_inplace_and_the_probe_does_not(how: str, ima
     model: nn.Module = conv_relu() if how == "relu" else zoo.Residual(3)
     layer = "0" if how == "relu" else "bn"
     handle = model.get_submodule(layer).register_full_backward_hook(lambda *_: None)
-    with pytest.raises(RuntimeError, match="BackwardHookFunction is a view and is being modified inplace"):
+    with pytest.raises(RuntimeError, match="BackwardHookFunction(Backward)? is a view and is being modified inplace"):
         model(image)
     handle.remove()
     model.get_submodule(layer)._is_full_backward_hook = None
@@ -407,7 +407,7 @@ VIEWS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "unbatched Conv2d": (lambda: nn.Conv2d(4, 4, 1), (4, 3, 3)),
 }
 NO_VIEWS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "Linear": (lambda: nn.Linear(4, 4), (2, 3, 4)),
+    "Linear": (lambda: nn.Linear(4, 4), (2, 4)),  # of three dimensions it is a view up to torch 2.11
     "Conv2d": (lambda: nn.Conv2d(4, 4, 1), (2, 4, 3, 3)),
     "BatchNorm2d": (lambda: nn.BatchNorm2d(4), (2, 4, 3, 3)),
     "LayerNorm": (lambda: nn.LayerNorm(4), (2, 3, 4)),
@@ -998,7 +998,7 @@ def test_gradient_hook_raises(error: type[BaseException]) -> None:
     assert zoo.fingerprint(model) == before
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 @pytest.mark.parametrize("backward", ["tensor", "module"])
 @pytest.mark.parametrize("how", ["script", "trace"])
 def test_script_module_child(how: str, backward: str) -> None:

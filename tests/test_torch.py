@@ -578,7 +578,7 @@ def test_multihead_attention_never_calls_its_projection() -> None:
     assert attention.out_proj.weight.grad is not None
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_script_modules() -> None:
     """They refuse hooks, and their ``_modules`` is a mapping without iteration."""
     scripted = torch.jit.script(nn.Sequential(nn.Tanh()))

@@ -348,7 +348,7 @@ def test_snapshots_of_tensors_without_values() -> None:
     assert meta.is_meta
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_snapshots_under_torch_func() -> None:
     """The full batch, unwrapped, valid after the transform has ended, also nested."""
     kept: list[torch.Tensor | None] = []
