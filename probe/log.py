@@ -337,12 +337,10 @@ class Log(Receiver):
         def of(mode: str) -> list[Any]:
             if not fetched:
                 fetched.update(items())
-            return [each for each in fetched.get(mode, []) if not isinstance(each, Embedding)]
+            return fetched.get(mode, [])
 
         for mode in dict.fromkeys(mode for mode, _ in _keys(step)):
             self.writer.submit(number, lambda mode=mode: of(mode), run="" if mode == "train" else mode)
-        for (_, tag), point in step.embeddings.items():
-            self.writer.add_embedding(point.value, metadata=point.labels, global_step=number, tag=tag)
 
 
 def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -356,7 +354,7 @@ def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _keys(step: _Step) -> list[tuple[str, str]]:
-    return [*step.scalars, *step.statistics, *step.histograms, *step.images]
+    return [*step.scalars, *step.statistics, *step.histograms, *step.images, *step.embeddings]
 
 
 def _write_plainly(writer: Any, step: int, by_mode: dict[str, list[Any]]) -> None:

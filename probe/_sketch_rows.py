@@ -1,0 +1,433 @@
+"""From a tensor of any kind to a sketch's row, and rows to one row; `probe.sketch` says what a row holds.
+
+Three ways lead to the same row: NumPy and torch on the CPU, where the number of calls is what costs and values may be
+looked at; one Triton kernel on CUDA; plain torch operators anywhere else and in traced code. The last two never wait
+for the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import struct
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.utils._python_dispatch import _disable_current_modes
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+MANTISSA = 2
+"""Mantissa bits of a bin: each power of two is cut into ``2 ** MANTISSA`` bins."""
+BINS = 1 << (9 + MANTISSA)
+"""Bins of the histogram, those of NaN and Inf included, which stay empty."""
+HEAD = 10
+"""Header words of a row."""
+ROW = HEAD + BINS
+"""Length of a row with a histogram, int64; without one it is `HEAD`."""
+
+COUNT, ZEROS, NAN, POSINF, NEGINF, MAX, MIN, SHIFT, SUM, SQUARES = range(HEAD)
+DROP = 23 - MANTISSA  # the low bits of a float32, which make no difference to its bin
+NEGATIVE = BINS // 2  # the first bin of negative values: those next to 0
+INFINITE = 255 << MANTISSA  # the first bin of Inf and NaN, counted from the first one of its sign
+TOP = -(1 << 63)
+
+_CHUNK = 1 << 18  # elements; as float32, as float64 and as bins they fill 4 MB of a shared cache
+_SMALL = 1 << 13  # elements; below, NumPy's calls cost less than torch's, and several tensors are worth gluing together
+_GLUED = 1 << 15  # elements of small tensors that are glued together at most
+_ROWS = 64  # small tensors glued together at most; their rows fill a megabyte
+_LARGE = 1 << 22  # elements; the plain operators' temporaries take up to 60 bytes each
+
+
+# A tensor of any kind -> flat values
+
+
+class Flat(NamedTuple):
+    """What a tensor of any kind comes down to."""
+
+    values: Tensor
+    """1-D, contiguous, detached, real, of a dtype that converts to float64; its negative bit may be set."""
+    times: int = 1
+    """How often each value counts: dimensions of stride 0 are read once."""
+    zeros: int = 0
+    """Zeros beside the values, which a sparse tensor does not store."""
+
+
+_FLOAT8 = {
+    dtype
+    for name in dir(torch)
+    if name.startswith("float8_") and isinstance(dtype := getattr(torch, name), torch.dtype)
+}
+_READABLE = _FLOAT8 | {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool),
+    *(torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+}
+
+_is_copy_on_write = torch._C._is_cow_tensor  # type: ignore[attr-defined]
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # by vmap, grad, jvp
+
+
+def flatten(tensor: Tensor) -> Flat | None:
+    """The numbers of a tensor of any kind, or None where there are none to read; TypeError for what is no tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"A sketch is made of a torch.Tensor, not of {type(tensor).__name__}.")
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        plain = _unwrap(tensor)
+        return None if plain is None else flatten(plain)
+    traced = torch.compiler.is_compiling()
+    if not traced and _is_wrapped(tensor):
+        return flatten(torch._C._functorch.get_unwrapped(tensor))
+    t = tensor.detach()
+    if not t.is_cpu:
+        if t.is_meta:
+            return None
+        if t.is_mps:
+            t = t.cpu()
+    if t.layout is not torch.strided:
+        return _flatten_sparse(t)
+    if t.is_nested:
+        return flatten(t.values() if t.is_contiguous() else _joined(t))
+    if t.dtype not in _READABLE:
+        if t.is_quantized:
+            t = t.dequantize()
+        elif t.is_complex():
+            t = t.to(torch.complex128).abs()
+        else:
+            return None
+    if not traced and t.numel() and not t.untyped_storage().nbytes():
+        return None
+    if t.is_contiguous():
+        return Flat(t if t.dim() == 1 else t.view(-1))
+    times = math.prod(size for size, stride in zip(t.shape, t.stride(), strict=True) if not stride)
+    t = t[tuple(slice(None) if stride else 0 for stride in t.stride())]
+    # Elements may come in any order: in the memory's own, a transposed or channels-last tensor needs no copy.
+    return Flat(t.permute(sorted(range(t.dim()), key=t.stride, reverse=True)).reshape(-1), times)
+
+
+def _unwrap(tensor: Tensor) -> Tensor | None:
+    """The tensor behind a subclass, or None."""
+    kind = type(tensor)
+    if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+        return None
+    if kind.__torch_dispatch__ is Tensor.__torch_dispatch__:
+        return Tensor.as_subclass(tensor, Tensor)
+    if tensor.is_nested:
+        holes = tensor.lengths() is not None  # type: ignore[attr-defined]
+        return _joined(tensor) if holes else tensor.values()
+    for name in ("to_local", "wait", "dequantize"):  # DTensor, AsyncCollectiveTensor, torchao's quantized tensors
+        if getattr(kind, name, None) is not getattr(Tensor, name, None):
+            inner: Tensor = getattr(tensor.detach(), name)()
+            return inner
+    return None
+
+
+def _joined(nested: Tensor) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in nested.unbind()])
+
+
+def _flatten_sparse(t: Tensor) -> Flat | None:
+    if t.layout is torch.sparse_coo:
+        if not t.is_coalesced():
+            if t.dtype in _FLOAT8:
+                t = torch.sparse_coo_tensor(t._indices(), t._values().float(), t.shape)
+            # What is stored twice has to be added up. Beside the dense tensor this takes a count that the device knows.
+            t = t.coalesce() if t.device.type == "cpu" else t.to_dense()
+        values = t.values() if t.layout is torch.sparse_coo else t
+    elif t.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
+        values = t.values()
+    else:
+        values = t.to_dense()
+    flat = flatten(values)
+    return flat and flat._replace(zeros=t.numel() - values.numel())
+
+
+# Flat values -> rows
+
+
+def unseen() -> contextlib.AbstractContextManager[object]:
+    """Hides what is done inside from the modes that are on: a counter of FLOPs counts none of it."""
+    if torch.compiler.is_compiling() or not (_dispatch_modes() or _function_modes()):
+        return _NOTHING
+    return _modes_off()
+
+
+@contextlib.contextmanager
+def _modes_off() -> Iterator[None]:
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        yield
+
+
+_NOTHING = contextlib.nullcontext()
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+
+
+def measure(flats: Sequence[Flat], histogram: bool) -> list[Tensor]:
+    """One row for each of `flats`, which share a device."""
+    device = flats[0].values.device
+    if torch.compiler.is_compiling():
+        return [measure_plain(flat, histogram) for flat in flats]
+    if device.type == "cpu":
+        with np.errstate(all="ignore"):  # float64 may overflow: to Inf, as NumPy's sums do
+            return _host_rows(flats, histogram)
+    if device.type == "cuda" and _triton_works(device):
+        from probe import _sketch_triton
+
+        rows = _sketch_triton.rows([flat.values for flat in flats], [flat.times for flat in flats], histogram)
+        return [_complete(row, flat._replace(times=1)) for row, flat in zip(rows, flats, strict=True)]
+    return [measure_plain(flat, histogram) for flat in flats]
+
+
+@cache
+def _triton_works(device: torch.device) -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from probe import _sketch_triton
+
+    try:
+        _sketch_triton.rows([torch.zeros(1, device=device)], [1], True)
+    except Exception as error:  # no C compiler, no driver, a GPU that Triton does not know, ...
+        warnings.warn(
+            f"Triton does not work on {device} ({type(error).__name__}: {error}); sketches are made by plain torch "
+            "operators there, which is slower. Triton needs a C compiler such as gcc at run time.",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def _host_rows(flats: Sequence[Flat], histogram: bool) -> list[Tensor]:
+    """Rows on the CPU; small tensors of one dtype are glued together, to share the price of each call."""
+    if len(flats) == 1:
+        return [_complete(_host_row(flats[0].values, histogram), flats[0])]
+    rows: dict[int, Tensor] = {}
+    small: dict[torch.dtype, list[int]] = {}
+    for i, (values, _, _) in enumerate(flats):
+        if 0 < values.numel() <= _SMALL:
+            small.setdefault(values.dtype, []).append(i)
+        else:
+            rows[i] = _host_row(values, histogram)
+    for indices in small.values():
+        for run in _runs(indices, flats):
+            rows.update(zip(run, _host_glued([flats[i].values for i in run], histogram), strict=True))
+    return [_complete(rows[i], flat) for i, flat in enumerate(flats)]
+
+
+def _runs(indices: Sequence[int], flats: Sequence[Flat]) -> Iterator[list[int]]:
+    """Cut `indices` into runs of few enough tensors and elements to be glued together."""
+    run: list[int] = []
+    room = _GLUED
+    for i in indices:
+        size = flats[i].values.numel()
+        if run and (size > room or len(run) == _ROWS):
+            yield run
+            run, room = [], _GLUED
+        run.append(i)
+        room -= size
+    yield run
+
+
+def _host_row(values: Tensor, histogram: bool) -> Tensor:
+    """The row of a CPU tensor."""
+    row = np.zeros(ROW if histogram else HEAD, np.int64)
+    row[COUNT] = values.numel()
+    low, high, shift, total, squares = math.inf, -math.inf, None, 0.0, 0.0
+    for narrow, wide, index in _chunks(values):
+        exact = narrow if _fits_float32(values.dtype) else wide
+        lowest, highest = float(np.minimum.reduce(exact)), float(np.maximum.reduce(exact))
+        if not (math.isfinite(lowest) and math.isfinite(highest)):
+            odd = np.isnan(exact), exact == math.inf, exact == -math.inf
+            row[NAN:MAX] += np.array([np.count_nonzero(which) for which in odd])
+            finite = np.isfinite(exact)
+            narrow, wide, exact = narrow[finite], wide[finite], exact[finite]
+            if not len(exact):
+                continue
+            lowest, highest = float(np.minimum.reduce(exact)), float(np.maximum.reduce(exact))
+        low, high = min(low, lowest), max(high, highest)
+        if shift is None:
+            shift = min(max(0.0, low), high)
+        row[ZEROS] += _count(narrow, wide, index, row[HEAD:]) if histogram else np.count_nonzero(exact == 0)
+        if shift:
+            wide -= shift
+        if len(wide) > _SMALL:
+            x = torch.from_numpy(wide)
+            total, squares = total + x.sum().item(), squares + x.dot(x).item()
+        else:
+            total, squares = total + float(np.add.reduce(wide)), squares + float(wide.dot(wide))
+    if shift is not None:
+        high_bits, low_bits, *rest = struct.unpack("5q", struct.pack("5d", high, -low, shift, total, squares))
+        row[MAX:HEAD] = keys(high_bits), keys(low_bits), *rest
+    return torch.from_numpy(row)
+
+
+def _fits_float32(dtype: torch.dtype) -> bool:
+    return dtype is torch.float32 or dtype.itemsize < 4
+
+
+def _chunks(values: Tensor) -> Iterator[tuple[Array, Array, Array]]:
+    """A CPU tensor chunk by chunk, as float32 not to be written to, as float64, and an uint32 buffer of that length.
+
+    What fits a float32 is read as one by all that can: it is half the bytes.
+    """
+    size = values.numel()
+    wide, index = np.empty(min(size, _CHUNK)), np.empty(min(size, _CHUNK), np.uint32)
+    # Tensor.numpy() refuses a negative bit, and would make a copy-on-write tensor copy itself.
+    awkward = values.dtype is not torch.float32 or values.is_neg() or _is_copy_on_write(values)
+    borrowed = None if awkward else values.numpy()
+    for start in range(0, size, _CHUNK):
+        n = min(size - start, _CHUNK)
+        wide, index = wide[:n], index[:n]
+        narrow: Array = index.view(np.float32)
+        if borrowed is not None:
+            narrow = borrowed[start : start + n]
+            np.copyto(wide, narrow)
+        elif _fits_float32(values.dtype):
+            torch.from_numpy(narrow).copy_(values[start : start + n])
+            np.copyto(wide, narrow)
+        else:
+            torch.from_numpy(wide).copy_(values[start : start + n])
+            np.copyto(narrow, wide, casting="same_kind")
+        yield narrow, wide, index
+
+
+def _count(narrow: Array, wide: Array, index: Array, bins: Array) -> int:
+    """Add the bins of finite values, given in two widths, to `bins`, and return how many are exactly zero.
+
+    `index` is a buffer of at least their length, which may be the memory of `narrow`.
+    """
+    index = np.right_shift(narrow.view(np.uint32), DROP, out=index[: len(narrow)])
+    if len(index) > _SMALL:
+        counts: Array = torch.bincount(torch.from_numpy(index.view(np.int32)), minlength=BINS).numpy()
+    else:
+        counts = np.bincount(index.view(np.int32), minlength=BINS)
+    near = zeros = int(counts[0] + counts[NEGATIVE])
+    if near:  # exact zeros, and the least subnormal numbers, which share the bins of 0 and -0
+        zeros = int(np.count_nonzero(wide == 0))
+        counts[NEGATIVE] = np.count_nonzero((index == NEGATIVE) & (wide < 0)) if zeros < near else 0
+        counts[0] = near - counts[NEGATIVE]
+    for infinite in (INFINITE, NEGATIVE + INFINITE):  # finite in float64 alone
+        if counts[infinite]:
+            counts[infinite - 1] += counts[infinite]
+            counts[infinite] = 0
+    bins += counts
+    return zeros
+
+
+def _host_glued(parts: Sequence[Tensor], histogram: bool) -> Tensor:
+    """The rows ``[len(parts), ROW or HEAD]`` of CPU tensors that share a dtype and are not empty, read together."""
+    whole = torch.cat(list(parts))
+    x: Array = whole.to(torch.float64, copy=True).numpy()
+    sizes = np.array([part.numel() for part in parts])
+    starts = np.cumsum(sizes) - sizes
+    lows, highs = np.minimum.reduceat(x, starts), np.maximum.reduceat(x, starts)
+    plain = bool(np.isfinite(lows).all() and np.isfinite(highs).all())
+    zeros: Array | int = 0
+    if histogram and plain:
+        index = whole.float().numpy().view(np.uint32)
+        index >>= DROP
+        index += np.repeat(np.arange(HEAD, len(parts) * ROW, ROW, dtype=np.uint32), sizes)
+        counts = torch.bincount(torch.from_numpy(index.view(np.int32)), minlength=len(parts) * ROW)
+        rows: Array = counts.numpy().reshape(len(parts), ROW)
+        least = rows[:, HEAD] + rows[:, HEAD + NEGATIVE]
+        if least.any():
+            zeros = np.add.reduceat(x == 0, starts, dtype=np.int64)
+            rows[:, HEAD], rows[:, HEAD + NEGATIVE] = zeros, 0
+        plain = bool(np.all(least == zeros)) and not rows[:, [HEAD + INFINITE, HEAD + NEGATIVE + INFINITE]].any()
+    elif plain:
+        rows = np.zeros((len(parts), HEAD), np.int64)
+        zeros = np.add.reduceat(x == 0, starts, dtype=np.int64)
+    if not plain:  # NaN, Inf, subnormal numbers, or float64 beyond float32
+        return torch.stack([_host_row(part, histogram) for part in parts])
+    rows[:, COUNT], rows[:, ZEROS] = sizes, zeros
+    floats = rows.view(np.float64)
+    shifts = np.clip(0.0, lows, highs)
+    floats[:, MAX], floats[:, MIN], floats[:, SHIFT] = highs, -lows, shifts
+    rows[:, MAX:SHIFT] = keys(rows[:, MAX:SHIFT])
+    if shifts.any():
+        x -= np.repeat(shifts, sizes)
+    floats[:, SUM] = np.add.reduceat(x, starts)
+    x *= x
+    floats[:, SQUARES] = np.add.reduceat(x, starts)
+    return torch.from_numpy(rows)
+
+
+def measure_plain(flat: Flat, histogram: bool) -> Tensor:
+    """One row by plain operators that neither wait for the device nor have a shape that depends on data."""
+    values = flat.values
+    size = values.numel()
+    if size > _LARGE:
+        parts = [measure_plain(Flat(part), histogram) for part in torch.split(values, _LARGE)]
+        return _complete(fold(torch.stack(parts)), flat)
+    if not size:
+        return _complete(values.new_zeros(ROW if histogram else HEAD, dtype=torch.int64), flat)
+    x = values.double()
+    finite, zero = x.isfinite(), x == 0
+    low, high = torch.where(finite, x, math.inf).amin(), torch.where(finite, x, -math.inf).amax()
+    shift = torch.where(low <= high, torch.minimum(low.clamp(min=0.0), high), 0.0)
+    d = torch.where(finite, x - shift, 0.0)
+    floats = torch.stack([high, -low, shift, d.sum(), (d * d).sum()]).view(torch.int64)
+    counts = [finite.new_full((), size, dtype=torch.int64), zero.sum(), x.isnan().sum()]
+    counts += [(x == math.inf).sum(), (x == -math.inf).sum()]
+    words = [torch.stack(counts), keys(floats[:2]), floats[2:]]
+    if histogram:
+        limit = torch.finfo(torch.float32).max
+        index = (x.clamp(-limit, limit).float().view(torch.int32) >> DROP) & (BINS - 1)
+        index = torch.where(zero, 0, index).long()
+        words.append(index.new_zeros(BINS).scatter_add(0, index, finite.long()))
+    return _complete(torch.cat(words), flat)
+
+
+# Rows -> rows
+
+
+def keys(bits: Any) -> Any:
+    """The bits of float64 as int64 -> unsigned keys in the same order, 0 below all; ints, arrays or tensors."""
+    return bits ^ ((bits >> 63) | TOP)
+
+
+def unkeys(keys: Any) -> Any:
+    """The inverse of `keys`."""
+    return keys ^ ((~keys >> 63) | TOP)
+
+
+@cache
+def edges() -> Array:
+    """Edges of the finite bins from the lowest to the highest, float64 ``[2 * INFINITE + 1]``."""
+    magnitudes = (np.arange(INFINITE, dtype=np.uint32) << DROP).view(np.float32).astype(np.float64)
+    magnitudes = np.append(magnitudes, 2.0**128)
+    return np.concatenate([-magnitudes[:0:-1], magnitudes])
+
+
+def fold(rows: Tensor) -> Tensor:
+    """Merge rows ``[k, ..., ROW or HEAD]`` over the first dimension; waits for nothing."""
+    counts, highest = rows[..., :MAX].sum(0), (rows[..., MAX:SHIFT] ^ TOP).amax(0) ^ TOP
+    n = (rows[..., COUNT] - rows[..., NAN:MAX].sum(-1)).double()
+    shift, total, squares = rows[..., SHIFT:HEAD].view(torch.float64).unbind(-1)
+    centre = (n / n.sum(0).clamp(min=1) * shift).sum(0)
+    delta = shift - centre
+    squares = (squares + delta * (2 * total + n * delta)).sum(0)
+    total = (total + n * delta).sum(0)
+    floats = torch.stack([centre, total, squares], -1).view(torch.int64)
+    return torch.cat([counts, highest, floats, rows[..., HEAD:].sum(0)], -1)
+
+
+def _complete(row: Tensor, flat: Flat) -> Tensor:
+    """The row of ``flat.values`` -> the row of all that `flat` stands for."""
+    if flat.times != 1:
+        floats = row[SHIFT:HEAD].view(torch.float64)
+        sums = torch.cat([floats[:1], floats[1:] * flat.times]).view(torch.int64)
+        row = torch.cat([row[:MAX] * flat.times, row[MAX:SHIFT], sums, row[HEAD:] * flat.times])
+    if flat.zeros:
+        zeros = torch.zeros_like(row)
+        zeros[: ZEROS + 1] = flat.zeros
+        zeros[MAX:SHIFT] = TOP  # the key of 0.0
+        zeros[HEAD : HEAD + 1] = flat.zeros
+        row = fold(torch.stack([row, zeros]))
+    return row

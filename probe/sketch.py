@@ -1,0 +1,483 @@
+"""One tensor -> one fixed-size sketch on the tensor's own device: counts, moments and a histogram that add.
+
+    s = sketch.of(x)                    # on a GPU: one kernel, nothing is waited for
+    s.mean, s.std, s.max, s.nan         # on the host: waits for the device, once
+    s.quantile(0.99), s.buckets()       # within a bin's width; as TensorBoard wants them
+    s + sketch.of(y)                    # the sketch of x and y together
+
+    rows = sketch.of_many(parameters)   # many tensors in few launches
+    later = sketch.fetch(rows)          # one copy per device, asynchronous on CUDA
+    later.done(), later.result()        # poll; or wait, in a background thread
+
+**The row.** A sketch is one int64 tensor of `ROW` elements: ten header words and the histogram. Header words 0-4 are
+counts (elements, zeros, NaN, +Inf, -Inf); 5 and 6 are the maximum and the negated minimum as *order-preserving
+unsigned keys*, so that both merge by an unsigned maximum and an untouched word (zero) is their neutral element; 7-9 are
+the bits of three float64 numbers: a shift ``k``, ``sum(x - k)`` and ``sum((x - k)**2)``. The shift is the number
+nearest to 0 between the least and the greatest value of (a part of) the data: sums about it lose no digits to an offset
+(Chan, Golub & LeVeque, "Algorithms for computing the sample variance", 1983). Rows with different shifts are brought to
+a common one when they are added.
+
+**The histogram.** An element's bin is the top bits of its float32 value: sign, 8 exponent bits, `MANTISSA` mantissa
+bits. The bins depend on no data, so no range has to be known first, every dtype shares them and histograms add.
+Elements of other dtypes are counted in the bin of their nearest float32 (finite float64 beyond its range in the last
+finite bin); moments, minimum and maximum use the exact value in float64. Memory and resolution per choice of
+`MANTISSA`, for an int64 count a bin:
+
+    ========  ====  ===========  ==========================
+    MANTISSA  bins  bytes a row  a bin's width / lower edge
+    ========  ====  ===========  ==========================
+    0          512         4176  100 %
+    1         1024         8272  33 to 50 %
+    2         2048        16464  14 to 25 %
+    3         4096        32848  7 to 13 %
+    ========  ====  ===========  ==========================
+
+**Over ranks.** Everything merges by a sum but the two keys and the shifted moments. `all_reduce` therefore sums one
+buffer in which the histograms lie as they are and each rank's headers lie in a slot of that rank's own, zero elsewhere:
+one collective of integers, after which every rank folds the same headers in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import cache, cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from probe import _sketch_rows as layout
+from probe._sketch_rows import BINS, HEAD, MANTISSA, ROW, Array, flatten, fold, measure, unkeys, unseen
+
+__all__ = [
+    "BINS",
+    "HEAD",
+    "MANTISSA",
+    "ROW",
+    "Buckets",
+    "Fetch",
+    "Sketch",
+    "all_reduce",
+    "fetch",
+    "of",
+    "of_many",
+]
+
+
+class Buckets(NamedTuple):
+    """A histogram as TensorBoard's ``HistogramProto`` holds it.
+
+    `limits` are the right edges, strictly increasing, the last one the maximum (the first bucket begins at the
+    minimum); `counts` are as many integers whose sum is the number of finite values. Both are empty when there is none.
+    """
+
+    limits: list[float]
+    counts: list[int]
+
+
+class Sketch:
+    """Counts, moments and a histogram of one tensor, or of several after ``a + b``.
+
+    Reading any number waits for the row to be computed if it is still on a device; `fetch` brings many to the host in
+    one copy first. ``a + b`` stays on the device of `a`, waits for nothing and costs next to nothing: terms are kept
+    and folded together, at the latest when there are `TERMS` of them. ``sum(sketches)`` works as well.
+
+    Arguments:
+        row: int64 ``[ROW]``, or ``[HEAD]`` without a histogram: a sketch's `row`, or a copy of one.
+    """
+
+    TERMS = 16
+
+    def __init__(self, row: Tensor) -> None:
+        self._terms = [row]
+
+    @property
+    def row(self) -> Tensor:
+        """int64 ``[ROW]``, or ``[HEAD]`` without a histogram, on the sketch's device: see the module's docstring."""
+        _settle([self])
+        return self._terms[0]
+
+    @cached_property
+    def _words(self) -> Array:
+        return self.row.cpu().numpy()
+
+    @cached_property
+    def _floats(self) -> tuple[float, float, float, float, float]:
+        """Maximum, minimum, shift, sum and sum of squares about the shift."""
+        words = self._words
+        high, low = unkeys(words[layout.MAX : layout.SHIFT]).view(np.float64).tolist()
+        shift, total, squares = words[layout.SHIFT : HEAD].view(np.float64).tolist()
+        return high + 0.0, 0.0 - low, shift, total, squares  # never -0.0
+
+    @property
+    def count(self) -> int:
+        """Number of elements, NaN and Inf included."""
+        return int(self._words[layout.COUNT])
+
+    @property
+    def zeros(self) -> int:
+        """Number of elements that are exactly 0 or -0."""
+        return int(self._words[layout.ZEROS])
+
+    @property
+    def nan(self) -> int:
+        """Number of NaN."""
+        return int(self._words[layout.NAN])
+
+    @property
+    def posinf(self) -> int:
+        """Number of +Inf."""
+        return int(self._words[layout.POSINF])
+
+    @property
+    def neginf(self) -> int:
+        """Number of -Inf."""
+        return int(self._words[layout.NEGINF])
+
+    @property
+    def finite(self) -> int:
+        """Number of elements that are neither NaN nor Inf: those that the moments and the histogram are about."""
+        return self.count - self.nan - self.posinf - self.neginf
+
+    @property
+    def sum(self) -> float:
+        """Sum of the finite values; 0 when there is none."""
+        _, _, shift, total, _ = self._floats
+        return total + self.finite * shift
+
+    @property
+    def sum_squares(self) -> float:
+        """Sum of the squares of the finite values; 0 when there is none."""
+        _, _, shift, total, squares = self._floats
+        found = squares + shift * (2 * total + self.finite * shift)
+        return max(0.0, found) if math.isfinite(found) else math.inf
+
+    @property
+    def mean(self) -> float:
+        """Mean of the finite values; NaN when there is none."""
+        _, _, shift, total, _ = self._floats
+        return shift + total / self.finite if self.finite else math.nan
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the finite values, the population's (over n, not n - 1); NaN when there is none."""
+        _, _, _, total, squares = self._floats
+        n = self.finite
+        if not n or not math.isfinite(squares):
+            return math.inf if n else math.nan
+        return math.sqrt(max(0.0, squares / n - (total / n) * (total / n)))
+
+    @property
+    def rms(self) -> float:
+        """Root of the mean square of the finite values; NaN when there is none."""
+        return math.sqrt(self.sum_squares / self.finite) if self.finite else math.nan
+
+    @property
+    def norm(self) -> float:
+        """Euclidean norm of the finite values; 0 when there is none."""
+        return math.sqrt(self.sum_squares)
+
+    @property
+    def min(self) -> float:
+        """The smallest finite value, exact (as a float64); NaN when there is none."""
+        return self._floats[1] if self.finite else math.nan
+
+    @property
+    def max(self) -> float:
+        """The largest finite value, exact (as a float64); NaN when there is none."""
+        return self._floats[0] if self.finite else math.nan
+
+    def _bins(self) -> tuple[Array, Array, Array]:
+        """Left edges, right edges and counts of the bins that are not empty, from the lowest to the highest."""
+        if len(self._words) == HEAD:
+            raise ValueError(
+                "This sketch has no histogram: it was made with histogram=False (or added to one that was). "
+                "Make it with sketch.of(tensor) to read quantiles and buckets."
+            )
+        bins = self._words[HEAD:]
+        counts = np.concatenate(
+            [bins[layout.NEGATIVE : layout.NEGATIVE + layout.INFINITE][::-1], bins[: layout.INFINITE]]
+        )
+        (filled,) = counts.nonzero()
+        edges = layout.edges()
+        return edges[filled], edges[filled + 1], counts[filled]
+
+    def quantile(self, q: float) -> float:
+        """The q-quantile of the finite values, wrong by at most the width of the bins it falls into.
+
+        As ``numpy.quantile``'s default it lies between the two order statistics next to rank ``q * (n - 1)``; each of
+        these is read off its bin, in which values are taken to be evenly spread. The extremes are exact, and so is 0.
+
+        Arguments:
+            q: between 0 and 1.
+
+        Returns:
+            the quantile; NaN when there is no finite value.
+
+        Raises:
+            ValueError: `q` is not between 0 and 1, or the sketch was made with ``histogram=False``.
+        """
+        if not 0 <= q <= 1:
+            raise ValueError(f"quantile(q) takes q between 0 and 1, not {q!r}; the 99th percentile is quantile(0.99).")
+        left, right, counts = self._bins()
+        if not len(counts):
+            return math.nan
+        if self.zeros:
+            at = int(np.searchsorted(left, 0.0))
+            left, right = np.insert(left, at, 0.0), np.insert(right, at, 0.0)
+            counts = np.insert(counts, at, self.zeros)
+            counts[at + 1] -= self.zeros
+        ends = np.cumsum(counts)
+        last = int(ends[-1]) - 1
+
+        def value(rank: int) -> float:
+            if rank in (0, last):
+                return self.min if rank == 0 else self.max
+            i = int(np.searchsorted(ends, rank, side="right"))
+            share = (rank - int(ends[i] - counts[i]) + 0.5) / int(counts[i])
+            return float(np.clip(left[i] + share * (right[i] - left[i]), self.min, self.max))
+
+        rank = q * last
+        low, part = int(rank), rank - int(rank)
+        return value(low) if not part else (1 - part) * value(low) + part * value(low + 1)
+
+    def buckets(self) -> Buckets:
+        """The histogram as TensorBoard wants it: see `Buckets`.
+
+        A gap between filled bins is one empty bucket. Where values lie at the very maximum (a clipped activation),
+        their bucket begins just below it, so that they are not smeared over the bin before.
+
+        Returns:
+            limits and counts; as many buckets as bins that hold values, and one for each gap between them.
+
+        Raises:
+            ValueError: the sketch was made with ``histogram=False``.
+        """
+        limits: list[float] = []
+        counts: list[int] = []
+        low, high = self.min, self.max
+        for left, right, count in zip(*(column.tolist() for column in self._bins()), strict=True):
+            if left >= high:
+                left = math.nextafter(high, -math.inf)
+                limits[-1:] = [min(limit, left) for limit in limits[-1:]]
+            if limits and left > limits[-1]:
+                limits.append(left)
+                counts.append(0)
+            limits.append(min(max(right, low), high))
+            counts.append(count)
+        if limits:
+            limits[-1] = high
+        return Buckets(limits, counts)
+
+    def __add__(self, other: Sketch) -> Sketch:
+        """The sketch of both tensors together: counts are exact, moments right to float64's rounding."""
+        if not isinstance(other, Sketch):
+            return NotImplemented
+        terms = [*self._terms, *other._terms]
+        width, device = min(len(term) for term in terms), terms[0].device
+        total = Sketch(terms[0])
+        total._terms = [term[:width].to(device, non_blocking=True) for term in terms]
+        if len(terms) >= self.TERMS:
+            _settle([total])
+        return total
+
+    def __radd__(self, other: object) -> Sketch:
+        return self if other == 0 else NotImplemented  # what sum() begins with
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Sketch, (self.row.clone(),)  # the row may lie among others, all of which would be pickled
+
+    def __repr__(self) -> str:
+        if self._terms[0].device.type != "cpu":
+            return f"Sketch(on {self._terms[0].device}; fetch it to read it)"
+        fields = ("count", "mean", "std", "min", "max", "zeros", "nan", "posinf", "neginf")
+        values = {name: getattr(self, name) for name in fields}
+        return f"Sketch({', '.join(f'{k}={v:.6g}' if isinstance(v, float) else f'{k}={v}' for k, v in values.items())})"
+
+
+def _settle(sketches: Iterable[Sketch]) -> None:
+    """Fold the terms of each sketch into one row, of as many sketches as possible at once."""
+    groups: dict[tuple[Any, ...], list[Sketch]] = {}
+    for sketch in sketches:
+        if len(sketch._terms) > 1:
+            key = sketch._terms[0].device, len(sketch._terms), len(sketch._terms[0])
+            groups.setdefault(key, []).append(sketch)
+    for group in groups.values():
+        rows = fold(torch.stack([torch.stack(terms) for terms in zip(*(s._terms for s in group), strict=True)]))
+        for sketch, row in zip(group, rows, strict=True):
+            sketch._terms = [row]
+
+
+def of(tensor: Tensor, *, histogram: bool = True) -> Sketch | None:
+    """The sketch of one tensor, on its own device.
+
+    Never waits for the device, never touches the graph, is not seen by dispatch modes, raises for no tensor. Complex
+    numbers count by their modulus, a sparse tensor as the dense one it stands for, a nested one by its values without
+    padding, a quantized one dequantized, a DTensor by this rank's local shard. Two kinds do wait: a tensor on MPS,
+    which has no float64, is read on the host, and of a jagged tensor with holes (``lengths``) the host asks where.
+
+    In code that ``torch.compile`` traces it becomes plain operators of the graph, without a break: there
+    ``buffer[i].copy_(sketch.of(x).row)`` records a value, and ``Sketch(buffer[i].clone())`` reads it later.
+
+    Arguments:
+        tensor: any shape, dtype, layout and device.
+        histogram: False leaves the histogram out, which is most of the cost and nearly all of the memory; `quantile`
+            and `buckets` then raise.
+
+    Returns:
+        the sketch, or None where there are no numbers to read: meta and fake tensors, parameters that are not yet
+        initialised, storage that was freed (a resharded FSDP parameter), sub-byte dtypes that torch itself cannot
+        convert, and wrapper subclasses that offer none of ``to_local``, ``wait``, ``dequantize``.
+
+    Raises:
+        TypeError: `tensor` is not a tensor.
+    """
+    with unseen():
+        flat = flatten(tensor)
+        return None if flat is None else Sketch(measure([flat], histogram)[0])
+
+
+def of_many(tensors: Iterable[Tensor], *, histogram: bool = True) -> list[Sketch | None]:
+    """The sketches of many tensors, each as `of` makes it, in few launches.
+
+    On CUDA it is one launch per dtype and device; on the CPU small tensors are read together, which makes an MLP's
+    hundreds of parameters several times as fast as one by one.
+
+    Arguments:
+        tensors: as for `of`, on any devices.
+        histogram: as for `of`.
+
+    Returns:
+        one sketch or None for each tensor, in order.
+
+    Raises:
+        TypeError: one of `tensors` is not a tensor.
+    """
+    with unseen():
+        flats = [flatten(tensor) for tensor in tensors]
+        places: dict[torch.device, list[int]] = {}
+        for i, flat in enumerate(flats):
+            if flat is not None:
+                places.setdefault(flat.values.device, []).append(i)
+        sketches: list[Sketch | None] = [None] * len(flats)
+        for indices in places.values():
+            rows = measure([flat for i in indices if (flat := flats[i]) is not None], histogram)
+            for i, row in zip(indices, rows, strict=True):
+                sketches[i] = Sketch(row)
+        return sketches
+
+
+class Fetch:
+    """Values on their way to the host; made by `fetch`."""
+
+    def __init__(self, values: Iterable[Any]) -> None:
+        self._values = list(values)
+        _settle(value for value in self._values if isinstance(value, Sketch))
+        remote: dict[torch.device, dict[int, Tensor]] = {}
+        for i, value in enumerate(self._values):
+            tensor = value.row if isinstance(value, Sketch) else value
+            if _is_remote(tensor):
+                remote.setdefault(tensor.device, {})[i] = tensor
+        self._copies = [_Copy(tensors) for tensors in remote.values()]
+
+    def done(self) -> bool:
+        """Whether `result` would return at once (known on CUDA; elsewhere it is `result` that copies)."""
+        return all(copy.done() for copy in self._copies)
+
+    def result(self) -> list[Any]:
+        """The values on the host, in the order given; waits until they are there. Any thread may call it."""
+        values = list(self._values)
+        for copy in self._copies:
+            for i, tensor in copy.result().items():
+                values[i] = Sketch(tensor) if isinstance(values[i], Sketch) else tensor
+        return values
+
+
+def fetch(values: Iterable[Any]) -> Fetch:
+    """Start to bring sketches, and tensors that belong with them, to the host: one copy per device for all of them.
+
+    On CUDA the copy goes to pinned memory on a stream of its own, behind the work that is queued at the time of the
+    call; the caller does not wait, and may overwrite the tensors at once.
+
+    Arguments:
+        values: sketches, and dense tensors of any shape and dtype (scalars, pictures). What is on the host already,
+            and any other object (None), goes through untouched.
+
+    Returns:
+        a handle to poll with ``done()`` and to wait for with ``result()``, from any thread.
+    """
+    return Fetch(values)
+
+
+def _is_remote(value: Any) -> bool:
+    """Whether it is a dense tensor on a device."""
+    plain = type(value) is Tensor and value.layout is torch.strided and not (value.is_nested or value.is_quantized)
+    return plain and value.device.type not in ("cpu", "meta")
+
+
+class _Copy:
+    """Tensors of one device that cross to the host together, as bytes."""
+
+    def __init__(self, tensors: dict[int, Tensor]) -> None:
+        # The widest elements come first: each tensor then begins at a multiple of its element's size.
+        order = sorted(tensors, key=lambda i: -tensors[i].element_size())
+        self._parts = [(i, tensors[i].dtype, tensors[i].shape) for i in order]
+        flat = [tensors[i].detach().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8) for i in order]
+        self._sizes = [len(part) for part in flat]
+        self._source = torch.cat(flat)
+        self._target: Tensor | None = None
+        device = self._source.device
+        if device.type == "cuda":
+            stream = _copy_stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            self._target = torch.empty(self._source.shape, dtype=torch.uint8, device="cpu", pin_memory=True)
+            self._event = torch.cuda.Event()
+            with torch.cuda.stream(stream):
+                self._target.copy_(self._source, non_blocking=True)
+                self._event.record(stream)
+
+    def done(self) -> bool:
+        return self._target is None or bool(self._event.query())
+
+    def result(self) -> dict[int, Tensor]:
+        if self._target is None:
+            target = self._source.cpu()
+        else:
+            self._event.synchronize()
+            target = self._target
+        parts = zip(self._parts, torch.split(target, self._sizes), strict=True)
+        return {i: data.view(dtype).view(shape) for (i, dtype, shape), data in parts}
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def all_reduce(sketches: Sequence[Sketch], group: Any = None) -> list[Sketch]:
+    """The sketches of all ranks' tensors together, by one ``all_reduce`` for all of them; the host waits for nothing.
+
+    Of activations and of shards this is the sketch of the whole; what every rank holds alike counts once per rank.
+
+    Arguments:
+        sketches: the same sites in the same order on every rank, all on one device that `group` can reduce, and all
+            with or all without a histogram.
+        group: a process group; None is the default one.
+
+    Returns:
+        the merged sketches, on that device, the same on every rank.
+    """
+    import torch.distributed as dist
+
+    if not sketches:
+        return []
+    _settle(sketches)
+    rows = torch.stack([sketch.row for sketch in sketches])
+    heads = rows.new_zeros(dist.get_world_size(group), len(rows), HEAD)
+    heads[dist.get_rank(group)] = rows[:, :HEAD]
+    buffer = torch.cat([heads.flatten(), rows[:, HEAD:].flatten()])
+    dist.all_reduce(buffer, group=group)
+    heads, bins = buffer[: heads.numel()].view_as(heads), buffer[heads.numel() :].view(len(rows), -1)
+    return [Sketch(row) for row in torch.cat([fold(heads), bins], 1)]
