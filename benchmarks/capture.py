@@ -1,7 +1,7 @@
-"""What capturing every output costs, against a bare forward hook that stores a reference: ``python -m benchmarks.capture``.
+"""What capturing every output costs, against a bare forward hook: ``python -m benchmarks.capture``.
 
-The bare hook is the limit: it is what any hook costs, and on models that write in place what it holds is wrong. Forward
-only, under no_grad. A second table is the model after the probe has left it, against the model before.
+The bare hook stores a reference. It is the limit: a hook costs at least that, and on models that write in place what it
+holds is wrong. Forward only, under no_grad. The other lines are the model after the probe has left it, against before.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def main() -> None:
             print(f"{label:20} capturing all outputs / bare reference hook: {against_bare_hook(model, x, seconds)}")
             twin, _ = MODELS[name](**settings)
             twin.eval()
-            print(f"{label:20} after the probe has left / never probed:    {compare(lambda: model(x), lambda: twin(x), seconds=seconds)}")  # noqa: E501,B023
+            after = compare(lambda: model(x), lambda: twin(x), seconds=seconds)  # noqa: B023  # run at once
+            print(f"{label:20} after the probe has left / never probed:    {after}")
 
 
 if __name__ == "__main__":

@@ -31,8 +31,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A small GPT: token and position embeddings, `depth` blocks, a head."""
 
-    def __init__(self, depth: int = 6, width: int = 256, heads: int = 8, vocabulary: int = 512, length: int = 512) -> None:
+    def __init__(self, depth: int = 6, width: int = 256, heads: int = 8) -> None:
         super().__init__()
+        vocabulary = length = 512
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(length, width)
         self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(depth)])

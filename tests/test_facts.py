@@ -323,7 +323,7 @@ def test_full_backward_hook_forbids_inplace_and_the_probe_does_not(how: str, ima
     model: nn.Module = conv_relu() if how == "relu" else zoo.Residual(3)
     layer = "0" if how == "relu" else "bn"
     handle = model.get_submodule(layer).register_full_backward_hook(lambda *_: None)
-    with pytest.raises(RuntimeError, match="BackwardHookFunction(Backward)? is a view and is being modified inplace"):
+    with pytest.raises(RuntimeError, match=r"BackwardHookFunction(Backward)? is a view and is being modified inplace"):
         model(image)
     handle.remove()
     model.get_submodule(layer)._is_full_backward_hook = None
