@@ -18,8 +18,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from probe import image
-from probe.board import Board
+from probe import Board, image
 
 
 def enlarged(tiles: Tensor, **options: bool) -> Tensor:

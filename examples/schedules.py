@@ -14,8 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from probe import schedule
-from probe.board import Board
+from probe import Board, schedule
 
 CLASSICS = {
     "StepLR": "StepLR(50)",

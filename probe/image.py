@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -351,17 +352,27 @@ def _paint_nan(rgb: Tensor, values: Tensor) -> Tensor:
 @functools.cache
 def _color_table(colormap: str | int, device: torch.device) -> Tensor:
     """OpenCV's colour map as a uint8 RGB table ``[256, 3]``."""
-    try:
-        import cv2
-    except ImportError as error:
-        raise ImportError(
-            f"colour maps come from OpenCV, which can't be imported ({error}). If it is missing: "
-            "pip install opencv-python-headless. If it is opencv-python that misses libGL: install that library "
-            "(apt-get install libgl1), or the headless package in its place."
-        ) from error
+    cv2 = opencv()
     known = {name.removeprefix("COLORMAP_").lower(): getattr(cv2, name) for name in dir(cv2) if "COLORMAP_" in name}
     number = known.get(colormap.lower()) if isinstance(colormap, str) else colormap
     if number is None or number not in known.values():
         raise ValueError(f"OpenCV has no colour map {colormap!r}; it has {', '.join(sorted(known))}")
     ramp = torch.arange(256, dtype=torch.uint8)[:, None].numpy()
     return torch.from_numpy(cv2.applyColorMap(ramp, number)[:, 0, ::-1].copy()).to(device)
+
+
+def opencv() -> Any:
+    """The module ``cv2``.
+
+    Raises:
+        ImportError: it is missing or can't be loaded; the message names both cures.
+    """
+    try:
+        import cv2
+    except ImportError as error:
+        raise ImportError(
+            f"this picture is drawn with OpenCV, which can't be imported ({error}). If it is missing: "
+            "pip install opencv-python-headless. If it is opencv-python that misses libGL: install that library "
+            "(apt-get install libgl1), or the headless package in its place."
+        ) from error
+    return cv2

@@ -91,7 +91,10 @@ class Record:
 
     @property
     def calls(self) -> list[Record]:
-        """A record for every call of the last pass that contains the layer, in order; empty if it was not called."""
+        """A record for every call of the last pass that contains the layer, in the order they began; empty if none.
+
+        Where only outputs are captured, calls of a module that calls itself are in the order they returned.
+        """
         return [Record(self._layer, self._calls, i, self._reading) for i in range(len(self._calls))]
 
     @property

@@ -151,8 +151,7 @@ class Sketch:
     def sum_squares(self) -> float:
         """Sum of the squares of the finite values; 0 when there is none."""
         _, _, shift, total, squares = self._floats
-        found = squares + shift * (2 * total + self.finite * shift)
-        return max(0.0, found) if math.isfinite(found) else math.inf
+        return max(0.0, squares + shift * (2 * total + self.finite * shift))
 
     @property
     def mean(self) -> float:

@@ -1740,7 +1740,7 @@ class Doubles(nn.Module):
 @pytest.mark.parametrize("backward", ["tensor", "module"])
 @pytest.mark.parametrize("how", ["forward", "backward", "no keep", "edit"])
 def test_nothing_undetached_is_kept(how: str, backward: str) -> None:
-    """F15.1 F15.2 the graph dies with the user's last reference to it, inside the block and without the collector."""
+    """F15.2 the graph dies with the user's last reference to it, inside the block and without the collector."""
     Traced.tokens.clear()
     seen: list[Any] = []
     model, x = Graph(), torch.randn(3, 2, requires_grad=True)

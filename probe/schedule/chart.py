@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from probe import image
+
 Picture = NDArray[np.uint8]
 Color = tuple[int, int, int]
 
@@ -153,7 +155,7 @@ class _Frame:
         return np.stack([left + across * (right - left), bottom - up * (bottom - top)], axis=1)
 
     def axes(self, title: str, milestones: Sequence[int], *, numbered: bool) -> None:
-        import cv2
+        cv2 = image.opencv()
 
         left, top, right, bottom = self.box
         for value in _ticks(*self.across, max(2, (right - left) // 80)):
@@ -177,7 +179,7 @@ class _Frame:
         _text(self.picture, title, (left, top - 6))
 
     def curve(self, line: Line, color: Color) -> None:
-        import cv2
+        cv2 = image.opencv()
 
         points = self.pixels(np.arange(len(line.values), dtype=np.float64) + line.start, line.values)
         known = np.isfinite(points[:, 1])
@@ -192,7 +194,7 @@ class _Frame:
 
     def legend(self, panel: list[Line]) -> None:
         """Names of the curves, in the corner that covers the fewest points."""
-        import cv2
+        cv2 = image.opencv()
 
         left, top, right, bottom = self.box
         labels = _legend(panel)[: max(1, (bottom - top - 16) // 16)]
@@ -232,7 +234,7 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def _text(picture: Picture, text: str, at: tuple[int, int], align: float = 0.0) -> None:
-    import cv2
+    cv2 = image.opencv()
 
     printable = text.encode("ascii", "replace").decode()  # the built-in font has no other characters
     x = round(at[0] - align * _size(printable))
@@ -240,7 +242,7 @@ def _text(picture: Picture, text: str, at: tuple[int, int], align: float = 0.0) 
 
 
 def _size(text: str) -> int:
-    import cv2
+    cv2 = image.opencv()
 
     (width, _), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.42, 1)
     return int(width)

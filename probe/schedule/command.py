@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from probe import image
 from probe.schedule.chart import Picture
 from probe.schedule.expression import SCHEDULERS, parse, signature
 from probe.schedule.simulation import blank_optimizer, simulate
@@ -104,7 +105,7 @@ def _numbers(path: Path) -> list[float]:
 
 
 def _write_png(path: Path, picture: Picture) -> None:
-    import cv2
+    cv2 = image.opencv()
 
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(cv2.imencode(".png", picture[..., ::-1])[1].tobytes())

@@ -1,4 +1,4 @@
-"""What logging costs: ``python -m benchmarks.logging``.
+"""What logging costs: ``python -m benchmarks.log``.
 
 An observed step of resnet18 in training, on which ``stats`` and ``histogram`` of all leaf outputs, their gradients, all
 parameters and all their gradients go into TensorBoard, against the same by hand: hooks, ``SummaryWriter.add_histogram``

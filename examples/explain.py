@@ -1,0 +1,62 @@
+"""Where does an ImageNet network look? AlexNet, ResNet-18 or ViT-B/16 on scikit-learn's two photographs.
+
+    python examples/explain.py --model resnet18
+
+What to look for in the picture: a row is a photograph and the network's top class, a column a method; with pretrained
+weights the heat lies on the pagoda and the flower. In the table, a faithful map has a low deletion, a high insertion.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from sklearn.datasets import load_sample_images
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.transforms import functional
+from torchvision.utils import save_image
+
+from probe import cam
+
+
+def load(name: str, quick: bool) -> nn.Module:
+    """The network in eval mode, pretrained where the weights can be had."""
+    if not quick:
+        try:
+            return models.get_model(name, weights="DEFAULT").eval()
+        except OSError as error:
+            print(f"No pretrained weights ({error}): they are RANDOM, and the maps mean nothing.", file=sys.stderr)
+    torch.manual_seed(0)
+    model = models.get_model(name, weights=None).eval()
+    nn.init.normal_(list(model.parameters())[-2], std=0.02)  # torchvision starts a ViT's head at zero
+    return model
+
+
+def photographs() -> Tensor:
+    """scikit-learn's pagoda and flower, ``[2, 3, 224, 224]``, normalised as ImageNet's networks expect."""
+    pixels = torch.stack([torch.from_numpy(photo.copy()).permute(2, 0, 1) for photo in load_sample_images().images])
+    square = functional.resize(functional.center_crop(pixels, [427, 427]), [224, 224])
+    return functional.normalize(square.float() / 255, list(cam.IMAGENET_MEAN), list(cam.IMAGENET_STD))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["alexnet", "resnet18", "vit_b_16"], default="resnet18")
+    parser.add_argument("--out", type=Path, default=Path("runs/explain.png"), help="picture (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="random weights: nothing is downloaded")
+    options = parser.parse_args()
+    model, images = load(options.model, options.quick), photographs()
+    classes = model(images).argmax(1)
+    names = models.get_model_weights(options.model).DEFAULT.meta["categories"]
+    methods = [cam.grad_cam, cam.grad_cam_pp, cam.layer_cam, cam.hires_cam, cam.eigen_cam]
+    compared = cam.compare(model, images, None, methods, target=classes, labels=[names[c] for c in classes])
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    save_image(compared.picture / 255, options.out)
+    print(compared, options.out, sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""`explain`: from a model and its inputs to maps."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from probe import tree
+from probe.cam import choose
+from probe.cam.attention import AttentionWeights
+from probe.cam.ingredients import GRADIENTS, LAYERLESS, SCORED, Ingredients, layout_of
+from probe.cam.methods import grad_cam
+from probe.cam.run import At, Progress, Run, Spot, is_compiled
+from probe.cam.state import untouched, warn, warn_if_training
+from probe.cam.targets import Classes, Score
+from probe.capture import Kind
+
+Method = Callable[..., Tensor]
+Target = int | Sequence[int] | Tensor | Score | None
+LayerSpec = str | nn.Module | At
+
+
+def explain(
+    model: nn.Module,
+    *inputs: Any,
+    layer: LayerSpec | Sequence[LayerSpec] | None = None,
+    target: Target = None,
+    method: Method = grad_cam,
+    call: int | None = None,
+    batch_size: int = 32,
+    progress: bool = False,
+    **inputs_by_name: Any,
+) -> Any:
+    """Class activation maps of any model: ``explain(model, images, layer="layer4", target=281)``.
+
+    The layers before the explained one run without a graph, so the peak of memory is near that of a plain forward. The
+    model runs in the modes its user set and is left as it was: gradients, ``requires_grad``, buffers, hooks, random
+    numbers, also when something raises. Frozen parameters, ``no_grad``, inference mode, autocast and half-precision
+    models work; a compiled model runs eagerly meanwhile.
+
+    Arguments:
+        model: the model. Its output may be a tensor, or a tuple, dict or dataclass that holds the logits.
+        inputs, inputs_by_name: what it is called with, the batch first.
+        layer: a name, a module, `At` where more has to be said, or a list of these; None picks one and says which.
+        target: what to explain: a class for all samples, a list or tensor with one for each, None for each sample's top
+            class, or a function of the batch's output that returns ``[B]`` scores or a scalar (see
+            `probe.cam.targets`).
+        method: a function whose required parameters say what it needs: ``activation, gradient`` and others, the public
+            attributes of `probe.cam.ingredients.Ingredients`. Options by ``functools.partial``.
+        call: which call of a layer that is called several times, from 0.
+        batch_size: rows in one forward of methods that score many perturbed inputs.
+        progress: show a progress bar for those.
+
+    Returns:
+        raw, signed maps ``[B, *spatial]`` of the layer's spatial size, float32 (float64 for such models), on the
+        model's device. A list of layers gives a list of maps, from one run.
+
+    Raises:
+        NoSuchLayer: no such layer; the message has the nearest names.
+        AmbiguousLayout: the shape of the layer's output does not tell what is space; the message says what to pass.
+        IndexError: a target class that the output does not have.
+        ValueError: the wrong number of targets; a layer that is not called, or several times; a score that does not
+            depend on it.
+
+    Warns:
+        UserWarning: zero gradients, a map without anything positive, values that are not finite, a model in train mode,
+            the layer that was chosen for ``layer=None``.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: give the number of rows in one forward, at least 1")
+    needs = requirements(method)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"explain takes an nn.Module, not {type(model).__name__}")
+    several = isinstance(layer, (list, tuple))
+    with _quietly(model, tree.input_leaves(inputs, inputs_by_name)):
+        warn_if_training(model, "explaining")
+        run = Run(model, inputs, inputs_by_name, target, batch_size)
+        if needs & LAYERLESS and "activation" not in needs:
+            maps = [_layerless(run, method, needs, progress)] * (len(layer) if several else 1)  # type: ignore[arg-type]
+        else:
+            layers = list(layer) if several else [layer]  # type: ignore[arg-type]
+            if not layers:
+                raise ValueError("layer=[] names no layer; give names, or None to have one chosen")
+            spots, gradients = _look(run, layers, call, needs)
+            maps = [
+                _map(run, spot, gradient, method, needs, progress)
+                for spot, gradient in zip(spots, gradients, strict=True)
+            ]
+            _tell(spots, gradients, run)
+        _tell_maps(maps, method)
+        for note in run.notes:
+            warn(note)
+    return maps if several else maps[0]
+
+
+def requirements(method: Method) -> frozenset[str]:
+    """The names of a method's required parameters.
+
+    Raises:
+        TypeError: it is no function, or asks for something that there is not.
+    """
+    if not callable(method):
+        raise TypeError(f"a method is a function such as cam.grad_cam, not {method!r}")
+    needs = frozenset(
+        name
+        for name, parameter in inspect.signature(method).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    )
+    known = {name for name in dir(Ingredients) if not name.startswith("_")}
+    unknown = sorted(needs - known)
+    if unknown or not needs:
+        what = f"asks for {', '.join(map(repr, unknown))}" if unknown else "asks for nothing"
+        raise TypeError(
+            f"{method_name(method)} {what}; the parameters of a method are among {', '.join(sorted(known))}"
+        )
+    return needs
+
+
+@contextlib.contextmanager
+def _quietly(model: nn.Module, inputs: list[tuple[str, Tensor]]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(untouched(model, [tensor for _, tensor in inputs]))
+        if is_compiled(model):  # the probe says so
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+def _look(
+    run: Run, layers: list[Any], call: int | None, needs: frozenset[str]
+) -> tuple[list[Spot], list[Tensor | None]]:
+    """Run the model once and take values and gradients at the layers."""
+    watch = _watching_linears(run) if "weight" in needs else []
+    if layers == [None]:
+        return _choose(run, call, needs, watch)
+    spots = run.spots(layers, call)
+    return spots, _values(run, spots, needs, watch)
+
+
+def _values(run: Run, spots: list[Spot], needs: frozenset[str], watch: list[Any]) -> list[Tensor | None]:
+    if not needs & GRADIENTS:
+        run.forward(spots, graph=False, watch=watch)
+        return [None] * len(spots)
+    second = "hessian_product" in needs  # which fused attention has no derivative for
+    with sdpa_kernel(SDPBackend.MATH) if second else contextlib.nullcontext():
+        run.graph(spots)
+    return list(run.gradients(spots, keep="gradient_of" in needs, create=second))
+
+
+def _choose(
+    run: Run, call: int | None, needs: frozenset[str], watch: list[Any]
+) -> tuple[list[Spot], list[Tensor | None]]:
+    """The best layer, or the next best one where the gradient is zero; the best again where it is zero everywhere."""
+    found = None
+    for name in choose.candidates(run):
+        spots = run.spots([name], call)
+        try:
+            gradients = _values(run, spots, needs, watch)
+        except ValueError:  # called several times, or without influence: no layer to choose
+            continue
+        found = found or (spots, gradients)
+        if gradients[0] is None or bool(layout_of(run, spots[0]).channels_first(gradients[0]).any()):
+            found = spots, gradients
+            break
+    if found is None:
+        raise ValueError(
+            "layer=None: no layer with space that is called once influences the score; say which, layer=..."
+        )
+    value = found[0][0].value
+    shape = () if value is None else tuple(value.shape)
+    warn(f"layer=None: explaining {found[0][0].name!r}, whose output is {shape}; layer= chooses another")
+    return found
+
+
+def _watching_linears(run: Run) -> list[Any]:
+    def noting(module: nn.Module) -> Callable[[Any], Any]:
+        def note(given: Any) -> Any:
+            run.linears.append((module, tree.snapshot(given) if isinstance(given, Tensor) else None))
+            return given
+
+        return note
+
+    pointwise = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    modules = [
+        layer.module
+        for layer in run.every
+        if isinstance(layer.module, nn.Linear)
+        or (isinstance(layer.module, pointwise) and max(layer.module.kernel_size) == 1)
+    ]
+    return [(module, noting(module), Kind.INPUT) for module in modules]
+
+
+def _map(
+    run: Run, spot: Spot, gradient: Tensor | None, method: Method, needs: frozenset[str], progress: bool
+) -> Tensor:
+    """One layer's maps; methods that score many rows take classes sample by sample, since these are independent."""
+    alone = bool(needs & SCORED) and isinstance(run.score, Classes)
+    samples: list[int | None] = list(range(run.batch)) if alone else [None]
+    maps = []
+    for sample in samples:
+        label = method_name(method) if sample is None else f"{method_name(method)} {sample + 1}/{run.batch}"
+        ingredients = Ingredients(run, spot, gradient, sample, _bar(label) if progress else None)
+        maps.append(method(**{name: getattr(ingredients, name) for name in needs}).detach())
+    return torch.cat(maps) if len(maps) > 1 else maps[0]
+
+
+def _layerless(run: Run, method: Method, needs: frozenset[str], progress: bool) -> Tensor:
+    if needs & {"attention", "attention_gradients"}:
+        with AttentionWeights(run.batch) as seen:
+            run.forward([], graph=False)
+        run.attention = seen.weights
+    else:
+        run.forward([], graph=False)
+    ingredients = Ingredients(run, None, None, None, _bar(method_name(method)) if progress else None)
+    return method(**{name: getattr(ingredients, name) for name in needs}).detach()
+
+
+def _bar(label: str) -> Progress:
+    from tqdm import tqdm
+
+    return lambda chunks, total: tqdm(chunks, total=total, desc=label)
+
+
+def method_name(method: Method) -> str:
+    while isinstance(method, functools.partial):
+        method = method.func
+    return getattr(method, "__name__", type(method).__name__)
+
+
+def _tell(spots: list[Spot], gradients: list[Tensor | None], run: Run) -> None:
+    """Warn of gradients that are zero all over."""
+    for spot, gradient in zip(spots, gradients, strict=True):
+        if gradient is None:
+            continue
+        layout = layout_of(run, spot)
+        flat = layout.channels_first(gradient.detach()).flatten(1)
+        zero = (flat == 0).all(1).nonzero().flatten().tolist()
+        if zero:
+            behind_attention = layout.kind == "tokens" and bool(gradient.any())
+            cause = (
+                "from here on only the tokens in front feed the output: choose the first norm of the last block"
+                if behind_attention
+                else "the score is flat there (weights that are zero, dead ReLUs, a saturated probability): choose "
+                "another layer or target"
+            )
+            warn(f"the gradient at layer {spot.name!r} is zero for sample {_some(zero)}, and so is the map; {cause}")
+
+
+def _tell_maps(maps: list[Tensor], method: Method) -> None:
+    """Warn of maps that are not finite, and of maps with nothing positive in them."""
+    for each in dict.fromkeys(maps):
+        flat = each.flatten(1)
+        infinite = (~flat.isfinite()).any(1)
+        negative = (flat.amax(1) <= 0) & (flat.amin(1) < 0)
+        flags = torch.stack([infinite, negative]).tolist()
+        broken, dark = ([i for i, flag in enumerate(row) if flag] for row in flags)
+        if broken:
+            warn(f"the map of sample {_some(broken)} is not finite: look for NaN or Inf in the model's activations")
+        if dark:
+            warn(
+                f"the {method_name(method)} map of sample {_some(dark)} is nowhere positive and would be drawn "
+                "blank: all it shows is evidence against the target. Take another target or layer, or draw -maps"
+            )
+
+
+def _some(samples: list[int]) -> str:
+    shown = ", ".join(map(str, samples[:5]))
+    return shown if len(samples) <= 5 else f"{shown} and {len(samples) - 5} more"
