@@ -38,8 +38,8 @@ def load(name: str, quick: bool) -> nn.Module:
 def photographs() -> Tensor:
     """scikit-learn's pagoda and flower, ``[2, 3, 224, 224]``, normalised as ImageNet's networks expect."""
     pixels = torch.stack([torch.from_numpy(photo.copy()).permute(2, 0, 1) for photo in load_sample_images().images])
-    square = functional.resize(functional.center_crop(pixels, [427, 427]), [224, 224])
-    return functional.normalize(square.float() / 255, list(cam.IMAGENET_MEAN), list(cam.IMAGENET_STD))
+    square = functional.resize(functional.center_crop(pixels, [427, 427]), [224, 224]).float()
+    return functional.normalize(square / 255, list(cam.IMAGENET_MEAN), list(cam.IMAGENET_STD))
 
 
 def main() -> None:

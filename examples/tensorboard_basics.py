@@ -21,6 +21,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
+from probe import Board
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--logdir", default="runs/tensorboard_basics", help="folder of the run (default: %(default)s)")

@@ -253,14 +253,14 @@ def _host_row(values: Tensor, histogram: bool) -> Tensor:
         low, high = min(low, lowest), max(high, highest)
         if shift is None:
             shift = min(max(0.0, low), high)
-        row[ZEROS] += _count(narrow, wide, index, row[HEAD:]) if histogram else np.count_nonzero(exact == 0)
-        if shift:
-            wide -= shift
-        if len(wide) > _SMALL:
-            x = torch.from_numpy(wide)
-            total, squares = total + x.sum().item(), squares + x.dot(x).item()
+        # The sums come next: the float64 copy is still in the nearest cache.
+        x = np.subtract(wide, shift, out=None if exact is wide else wide) if shift else wide
+        if len(x) > _SMALL:
+            tensor = torch.from_numpy(x)
+            total, squares = total + tensor.sum().item(), squares + tensor.dot(tensor).item()
         else:
-            total, squares = total + float(np.add.reduce(wide)), squares + float(wide.dot(wide))
+            total, squares = total + float(np.add.reduce(x)), squares + float(x.dot(x))
+        row[ZEROS] += _count(narrow, exact, index, row[HEAD:]) if histogram else np.count_nonzero(exact == 0)
     if shift is not None:
         high_bits, low_bits, *rest = struct.unpack("5q", struct.pack("5d", high, -low, shift, total, squares))
         row[MAX:HEAD] = keys(high_bits), keys(low_bits), *rest
@@ -272,35 +272,38 @@ def _fits_float32(dtype: torch.dtype) -> bool:
 
 
 def _chunks(values: Tensor) -> Iterator[tuple[Array, Array, Array]]:
-    """A CPU tensor chunk by chunk, as float32 not to be written to, as float64, and an uint32 buffer of that length.
+    """A CPU tensor chunk by chunk, as float32, not to be written to, as float64, and a buffer for as many bins.
 
     What fits a float32 is read as one by all that can: it is half the bytes.
     """
     size = values.numel()
-    wide, index = np.empty(min(size, _CHUNK)), np.empty(min(size, _CHUNK), np.uint32)
+    buffers = [np.empty(min(size, _CHUNK), kind) for kind in (np.float64, np.uint32)]
     # Tensor.numpy() refuses a negative bit, and would make a copy-on-write tensor copy itself.
-    awkward = values.dtype is not torch.float32 or values.is_neg() or _is_copy_on_write(values)
-    borrowed = None if awkward else values.numpy()
+    if values.dtype is torch.float32 and not (values.is_neg() or _is_copy_on_write(values)):
+        floats: Array = values.numpy()
+        for start in range(0, size, _CHUNK):
+            narrow = floats[start : start + _CHUNK]
+            wide, index = (buffer[: len(narrow)] for buffer in buffers)
+            np.copyto(wide, narrow)
+            yield narrow, wide, index
+        return
+    buffers.append(np.empty(min(size, _CHUNK), np.float32))
     for start in range(0, size, _CHUNK):
-        n = min(size - start, _CHUNK)
-        wide, index = wide[:n], index[:n]
-        narrow: Array = index.view(np.float32)
-        if borrowed is not None:
-            narrow = borrowed[start : start + n]
-            np.copyto(wide, narrow)
-        elif _fits_float32(values.dtype):
-            torch.from_numpy(narrow).copy_(values[start : start + n])
-            np.copyto(wide, narrow)
-        else:
-            torch.from_numpy(wide).copy_(values[start : start + n])
-            np.copyto(narrow, wide, casting="same_kind")
+        wide, index, narrow = (buffer[: size - start] for buffer in buffers)
+        first, second = (narrow, wide) if _fits_float32(values.dtype) else (wide, narrow)
+        torch.from_numpy(first).copy_(values[start : start + _CHUNK])
+        np.copyto(second, first, casting="same_kind")
         yield narrow, wide, index
 
 
-def _count(narrow: Array, wide: Array, index: Array, bins: Array) -> int:
-    """Add the bins of finite values, given in two widths, to `bins`, and return how many are exactly zero.
+def _count(narrow: Array, exact: Array, index: Array, bins: Array) -> int:
+    """Add the bins of finite values to `bins`, and return how many are exactly zero.
 
-    `index` is a buffer of at least their length, which may be the memory of `narrow`.
+    Arguments:
+        narrow: the values as float32.
+        exact: the values, as float32 or float64.
+        index: a buffer of at least that length.
+        bins: the histogram, changed in place.
     """
     index = np.right_shift(narrow.view(np.uint32), DROP, out=index[: len(narrow)])
     if len(index) > _SMALL:
@@ -309,8 +312,8 @@ def _count(narrow: Array, wide: Array, index: Array, bins: Array) -> int:
         counts = np.bincount(index.view(np.int32), minlength=BINS)
     near = zeros = int(counts[0] + counts[NEGATIVE])
     if near:  # exact zeros, and the least subnormal numbers, which share the bins of 0 and -0
-        zeros = int(np.count_nonzero(wide == 0))
-        counts[NEGATIVE] = np.count_nonzero((index == NEGATIVE) & (wide < 0)) if zeros < near else 0
+        zeros = int(np.count_nonzero(exact == 0))
+        counts[NEGATIVE] = np.count_nonzero((index == NEGATIVE) & (exact < 0)) if zeros < near else 0
         counts[0] = near - counts[NEGATIVE]
     for infinite in (INFINITE, NEGATIVE + INFINITE):  # finite in float64 alone
         if counts[infinite]:

@@ -21,10 +21,10 @@ class OutOfPlace(TorchFunctionMode):
         name = (resolve_name(func) or "").rsplit(".", 1)[-1]
         if kwargs.get("inplace"):
             kwargs["inplace"] = False
-        if name.endswith("_") and not name.endswith("__") and isinstance(args[0], torch.Tensor):  # `+=` is add_ here
-            # a tensor of the graph, not a buffer; what has no form that returns (zero_) is written for its effect
-            if args[0].grad_fn or not torch.is_grad_enabled():
-                return getattr(torch.Tensor, name[:-1], func)(*args, **kwargs)
+        writes = name.endswith("_") and not name.endswith("__") and isinstance(args[0], torch.Tensor)  # `+=` is add_
+        if writes and (args[0].grad_fn or not torch.is_grad_enabled()):  # a tensor of the graph, not a buffer
+            # what has no form that returns (zero_) is written for its effect on a tensor of the model's own
+            return getattr(torch.Tensor, name[:-1], func)(*args, **kwargs)
         return func(*args, **kwargs)
 
 
