@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import math
 import struct
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -39,7 +40,8 @@ NEGATIVE = BINS // 2  # the first bin of negative values: those next to 0
 INFINITE = 255 << MANTISSA  # the first bin of Inf and NaN, counted from the first one of its sign
 TOP = -(1 << 63)
 
-_CHUNK = 1 << 18  # elements; as float32, as float64 and as bins they fill 4 MB of a shared cache
+_CHUNK = 1 << 18  # elements; as float32 they fill a megabyte
+_PIECE = 1 << 16  # elements; as float64 they fill half of a common level 2 cache
 _SMALL = 1 << 13  # elements; below, NumPy's calls cost less than torch's, and several tensors are worth gluing together
 _GLUED = 1 << 15  # elements of small tensors that are glued together at most
 _ROWS = 64  # small tensors glued together at most; their rows fill a megabyte
@@ -171,12 +173,14 @@ _function_modes = torch._C._len_torch_function_stack
 
 def measure(flats: Sequence[Flat], histogram: bool) -> list[Tensor]:
     """One row for each of `flats`, which share a device."""
-    device = flats[0].values.device
     if torch.compiler.is_compiling():
         return [measure_plain(flat, histogram) for flat in flats]
-    if device.type == "cpu":
-        with np.errstate(all="ignore"):  # float64 may overflow: to Inf, as NumPy's sums do
+    if flats[0].values.is_cpu:
+        with np.errstate(
+            all="ignore"
+        ):  # float64 may overflow, to Inf as in NumPy's sums; a NaN may be a signalling one
             return _host_rows(flats, histogram)
+    device = flats[0].values.device
     if device.type == "cuda" and _triton_works(device):
         from probe import _sketch_triton
 
@@ -239,77 +243,101 @@ def _host_row(values: Tensor, histogram: bool) -> Tensor:
     row = np.zeros(ROW if histogram else HEAD, np.int64)
     row[COUNT] = values.numel()
     low, high, shift, total, squares = math.inf, -math.inf, None, 0.0, 0.0
-    for narrow, wide, index in _chunks(values):
-        exact = narrow if _fits_float32(values.dtype) else wide
-        lowest, highest = float(np.minimum.reduce(exact)), float(np.maximum.reduce(exact))
+    for exact, narrow in _chunks(values):
+        lowest, highest = _extremes(exact)
         if not (math.isfinite(lowest) and math.isfinite(highest)):
             odd = np.isnan(exact), exact == math.inf, exact == -math.inf
             row[NAN:MAX] += np.array([np.count_nonzero(which) for which in odd])
             finite = np.isfinite(exact)
-            narrow, wide, exact = narrow[finite], wide[finite], exact[finite]
+            exact, narrow = exact[finite], narrow[finite]
             if not len(exact):
                 continue
-            lowest, highest = float(np.minimum.reduce(exact)), float(np.maximum.reduce(exact))
+            lowest, highest = _extremes(exact)
         low, high = min(low, lowest), max(high, highest)
         if shift is None:
             shift = min(max(0.0, low), high)
-        # The sums come next: the float64 copy is still in the nearest cache.
-        x = np.subtract(wide, shift, out=None if exact is wide else wide) if shift else wide
-        if len(x) > _SMALL:
-            tensor = torch.from_numpy(x)
-            total, squares = total + tensor.sum().item(), squares + tensor.dot(tensor).item()
-        else:
-            total, squares = total + float(np.add.reduce(x)), squares + float(x.dot(x))
-        row[ZEROS] += _count(narrow, exact, index, row[HEAD:]) if histogram else np.count_nonzero(exact == 0)
+        row[ZEROS] += _count(exact, narrow, row[HEAD:]) if histogram else np.count_nonzero(exact == 0)
+        more, more_squares = _sums(exact, shift)
+        total, squares = total + more, squares + more_squares
     if shift is not None:
         high_bits, low_bits, *rest = struct.unpack("5q", struct.pack("5d", high, -low, shift, total, squares))
         row[MAX:HEAD] = keys(high_bits), keys(low_bits), *rest
     return torch.from_numpy(row)
 
 
-def _fits_float32(dtype: torch.dtype) -> bool:
-    return dtype is torch.float32 or dtype.itemsize < 4
+class _Buffers(threading.local):
+    """Memory kept from call to call, for each thread its own: fresh pages take longer to get than to compute on."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Array] = {}
+
+    def take(self, dtype: str, size: int) -> Array:
+        """An array of `size` elements, the same memory for each `dtype`."""
+        kept = self._kept.get(dtype)
+        if kept is None or len(kept) < size:
+            kept = self._kept[dtype] = np.empty(size, dtype.split()[0])
+        return kept[:size]
 
 
-def _chunks(values: Tensor) -> Iterator[tuple[Array, Array, Array]]:
-    """A CPU tensor chunk by chunk, as float32, not to be written to, as float64, and a buffer for as many bins.
+_buffers = _Buffers()
 
-    What fits a float32 is read as one by all that can: it is half the bytes.
+
+def _chunks(values: Tensor) -> Iterator[tuple[Array, Array]]:
+    """A CPU tensor chunk by chunk: in the narrower of float32 and float64 that holds it exactly, and as float32.
+
+    Neither is to be written to.
     """
     size = values.numel()
-    buffers = [np.empty(min(size, _CHUNK), kind) for kind in (np.float64, np.uint32)]
+    exact_dtype = "f4" if values.dtype is torch.float32 or values.dtype.itemsize < 4 else "f8"
     # Tensor.numpy() refuses a negative bit, and would make a copy-on-write tensor copy itself.
-    if values.dtype is torch.float32 and not (values.is_neg() or _is_copy_on_write(values)):
-        floats: Array = values.numpy()
-        for start in range(0, size, _CHUNK):
-            narrow = floats[start : start + _CHUNK]
-            wide, index = (buffer[: len(narrow)] for buffer in buffers)
-            np.copyto(wide, narrow)
-            yield narrow, wide, index
-        return
-    buffers.append(np.empty(min(size, _CHUNK), np.float32))
+    readable = values.dtype is torch.float32 and not (values.is_neg() or _is_copy_on_write(values))
+    floats: Array | None = values.numpy() if readable else None
     for start in range(0, size, _CHUNK):
-        wide, index, narrow = (buffer[: size - start] for buffer in buffers)
-        first, second = (narrow, wide) if _fits_float32(values.dtype) else (wide, narrow)
-        torch.from_numpy(first).copy_(values[start : start + _CHUNK])
-        np.copyto(second, first, casting="same_kind")
-        yield narrow, wide, index
+        if floats is not None:
+            exact = floats[start : start + _CHUNK]
+        else:
+            exact = _buffers.take(exact_dtype, min(size - start, _CHUNK))
+            torch.from_numpy(exact).copy_(values[start : start + _CHUNK])
+        narrow = exact
+        if exact_dtype == "f8":
+            narrow = _buffers.take("f4", len(exact))
+            np.copyto(narrow, exact, casting="same_kind")
+        yield exact, narrow
 
 
-def _count(narrow: Array, exact: Array, index: Array, bins: Array) -> int:
-    """Add the bins of finite values to `bins`, and return how many are exactly zero.
+def _extremes(x: Array) -> tuple[float, float]:
+    """The least and the greatest element; NaN where one is."""
+    if len(x) > _SMALL:
+        low, high = torch.from_numpy(x).aminmax()
+        return low.item(), high.item()
+    return float(np.minimum.reduce(x)), float(np.maximum.reduce(x))
 
-    Arguments:
-        narrow: the values as float32.
-        exact: the values, as float32 or float64.
-        index: a buffer of at least that length.
-        bins: the histogram, changed in place.
-    """
-    index = np.right_shift(narrow.view(np.uint32), DROP, out=index[: len(narrow)])
+
+def _sums(x: Array, shift: float) -> tuple[float, float]:
+    """Sum and sum of squares about `shift`, in float64, by pieces small enough for the nearest cache."""
+    total = squares = 0.0
+    for start in range(0, len(x), _PIECE):
+        piece = x[start : start + _PIECE]
+        wide = _buffers.take("f8 piece", len(piece))
+        np.copyto(wide, piece)
+        if shift:
+            wide -= shift
+        if len(wide) > _SMALL:
+            tensor = torch.from_numpy(wide)
+            total, squares = total + tensor.sum().item(), squares + tensor.dot(tensor).item()
+        else:
+            total, squares = total + float(np.add.reduce(wide)), squares + float(wide.dot(wide))
+    return total, squares
+
+
+def _count(exact: Array, narrow: Array, bins: Array) -> int:
+    """Add the bins of finite values, given exactly and as float32, to `bins`; returns how many are exactly zero."""
+    index = _buffers.take("u2", len(narrow))
+    np.right_shift(narrow.view(np.uint32), DROP, out=index, casting="unsafe")
     if len(index) > _SMALL:
-        counts: Array = torch.bincount(torch.from_numpy(index.view(np.int32)), minlength=BINS).numpy()
+        counts: Array = torch.bincount(torch.from_numpy(index.view(np.int16)), minlength=BINS).numpy()
     else:
-        counts = np.bincount(index.view(np.int32), minlength=BINS)
+        counts = np.bincount(index, minlength=BINS)
     near = zeros = int(counts[0] + counts[NEGATIVE])
     if near:  # exact zeros, and the least subnormal numbers, which share the bins of 0 and -0
         zeros = int(np.count_nonzero(exact == 0))

@@ -17,7 +17,18 @@ from probe.calls import Receiver, StopForward
 from probe.capture import Kind, Layer, ParameterKind, Summary
 from probe.hooks import Tap
 from probe.observers import Adapter, Store
-from probe.record import OverwrittenRow, Reading, Record, Row, Table, missing, overwritten, why_no_gradients
+from probe.record import (
+    OverwrittenRow,
+    PassRecords,
+    Reading,
+    Record,
+    Row,
+    Table,
+    Values,
+    missing,
+    overwritten,
+    why_no_gradients,
+)
 from probe.select import NoSuchLayer
 from probe.session import Session
 from probe.tree import leaves
@@ -64,7 +75,8 @@ class Probe:
         optimizer: one or several; every ``step()`` of the first then advances `steps`, and `schedule` traces all.
         scaler: the ``torch.amp.GradScaler`` that steps them; `schedule` then knows exactly which updates it skipped.
         observers: functions of a `Capture`, or objects with ``bind(site)``; they run inside the hooks.
-        keep: how many passes to keep for reading; by default 1, and 0 for a probe with observers.
+        keep: how many passes to keep for reading (`passes` has those before the last); by default 1, and 0 for a probe
+            with observers.
         backward: ``"tensor"`` reads gradients by tensor hooks and by the nodes that consume a module's input, without
             touching the graph; ``"module"`` by torch's own ``register_full_backward_hook``, with its restrictions.
         copy_views: hand on a copy of an output that is a view, so that a later in-place operation cannot drop its
@@ -91,7 +103,7 @@ class Probe:
         model, optimizers = _subject(model, optimizer)
         if backward not in ("tensor", "module"):
             raise ValueError(f"backward={backward!r}: use 'tensor' (the default) or 'module' (torch's own hook)")
-        if keep is not None and (not isinstance(keep, int) or keep < 0):
+        if keep is not None and (not isinstance(keep, int) or isinstance(keep, bool) or keep < 0):
             raise ValueError(f"keep={keep!r}: give the number of passes to keep, 0 or more")
         if kinds is not None and (not isinstance(kinds, Kind) or not kinds):
             raise TypeError(f"kinds={kinds!r}: combine Kind.INPUT, OUTPUT, GRAD_OUTPUT and GRAD_INPUT with |")
@@ -173,9 +185,7 @@ class Probe:
     # -- reading -------------------------------------------------------------------------------------------------------
 
     def __getitem__(self, name: str) -> Record:
-        if name not in self._by_name:
-            raise NoSuchLayer(self._why_absent(name))
-        layer = self._by_name[name]
+        layer = self._layer_of(name)
         calls = self._store.calls(layer)
         return Record(layer, calls, len(calls) - 1, self._reading)
 
@@ -200,13 +210,25 @@ class Probe:
     @property
     def activations(self) -> Mapping[str, Any]:
         """``name -> output`` of the last call, for every layer that has one."""
-        return {name: self[name].output for name in self if _has(self[name], "output")}
+        self._reading.check_kept("activations")
+        return Values(self, lambda name: self[name].output)
 
     @property
     def gradients(self) -> Mapping[str, Any]:
         """``name -> grad_output`` of the last call, for every layer that a gradient came back to."""
-        found = {name: self[name].grad_output for name in self if _has(self[name], "grad_output")}
-        return {name: value for name, value in found.items() if leaves(value)}
+        self._reading.check_kept("gradients")
+        return Values(self, lambda name: self[name].grad_output)
+
+    @property
+    def passes(self) -> list[PassRecords]:
+        """The kept passes, the oldest first, each to be read like the probe: ``p.passes[-2]["fc"].output``."""
+        self._reading.check_kept("passes")
+        return [PassRecords(pass_, self._layer_of, self._reading) for pass_ in self._store.passes()]
+
+    def _layer_of(self, name: str) -> Layer:
+        if name not in self._by_name:
+            raise NoSuchLayer(self._why_absent(name))
+        return self._by_name[name]
 
     @property
     def overwritten(self) -> list[OverwrittenRow]:
@@ -216,9 +238,12 @@ class Probe:
         values waits for the device.
         """
         rows = {row.name: row for pass_ in self._store.passes() for row in overwritten(pass_)}
-        return Table(
-            rows.values(), ("layer", "overwritten by", "share"), "nothing was overwritten after it was captured"
-        )
+        empty = "nothing was overwritten after it was captured"
+        if not self._store.keep:
+            empty = "not known: this probe keeps no values; create it with Probe(..., keep=1)"
+        elif Kind.OUTPUT not in self._kinds:
+            empty = "not known: outputs were not captured; add Kind.OUTPUT to kinds="
+        return Table(rows.values(), ("layer", "overwritten by", "share"), empty)
 
     def report(self) -> list[Row]:
         """What was not captured, and why: ``(name, reason)`` rows, which print as a table."""
@@ -236,6 +261,8 @@ class Probe:
                 reason for call in calls[layer] for reason in missing(call, self._kinds, blind is not None)
             )
             rows.extend(Row(layer.name, reason) for reason in reasons)
+        if not self._store.keep and self._session.passes:
+            rows.append(Row("", "no values are kept, because the probe has observers or logs (keep= says otherwise)"))
         return Table(rows, ("layer", "not captured, because"), "everything that was asked for was captured")
 
     # -- changing what flows -------------------------------------------------------------------------------------------
@@ -285,12 +312,12 @@ class Probe:
         """
         taps = [self._tap(layer) for layer in _hookable(select.match(self._every, selector))]
         for tap in taps:
-            tap.stop = True
+            tap.stop += 1
         self._rebind()
 
         def undo() -> None:
             for tap in taps:
-                tap.stop = False
+                tap.stop -= 1
             self._rebind()
 
         return Edit(undo)
@@ -439,14 +466,6 @@ def _listed(value: Any) -> list[Any]:
 def _remove(handles: list[Any]) -> None:
     for handle in handles:
         handle.remove()
-
-
-def _has(record: Record, field: str) -> bool:
-    try:
-        getattr(record, field)
-    except AttributeError:
-        return False
-    return True
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -30,8 +30,13 @@ class Edges:
                     self.views.append((tensor, version(tensor), path))
         self.since = torch._C._autograd._get_sequence_nr()  # nodes made from now on have this number or a higher one
 
-    def consumers(self, outputs: list[tuple[str, torch.Tensor]]) -> tuple[list[Consumers], list[str]]:
-        """Which nodes made during the call hand a gradient back to the inputs, found by walking from `outputs`.
+    def consumers(
+        self, outputs: list[tuple[str, torch.Tensor]], module: torch.nn.Module
+    ) -> tuple[list[Consumers], list[str]]:
+        """Which nodes made during the call hand a gradient back to the inputs.
+
+        They are found by walking from `outputs`, and from tensors that the module or one below it keeps as an attribute
+        (an auxiliary loss). A graph that leaves the module in any other way is not seen.
 
         Returns:
             For each input's edge that is consumed, its paths and ``(node, position among the node's inputs)`` of every
@@ -41,6 +46,9 @@ class Edges:
         passed = [path for key, paths in self.paths.items() if key in ends for path in paths]
         found: dict[tuple[Any, int], Consumers] = {}
         waiting = [node for node, _ in ends]
+        for each in module.modules() if module._modules else (module,):
+            kept = [value for value in each.__dict__.values() if type(value) is torch.Tensor]
+            waiting.extend(value.grad_fn for value in kept if value.grad_fn is not None)
         seen = set(waiting)
         while waiting:
             node = waiting.pop()

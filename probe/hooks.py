@@ -21,7 +21,7 @@ from torch import nn
 from probe.calls import Call, Pass, PassInfo, StopForward
 from probe.capture import Kind, Layer
 from probe.graph import Edges, edge, version
-from probe.tree import inputs, leaves, rebuild, shape, snapshot, storage_of
+from probe.tree import input_leaves, inputs, leaves, rebuild, shape, snapshot, storage_of
 
 graph_task: Callable[[], int] = torch._C._current_graph_task_id
 _sequence_number: Callable[[], int] = torch._C._autograd._get_sequence_nr
@@ -36,6 +36,7 @@ class Passes(Protocol):
     closed: bool
     copy_views: bool
     local: Local
+    stopping: str | None
     versions: bool
 
     def begin(self, module: nn.Module) -> Pass | None: ...
@@ -51,6 +52,10 @@ class Hook(functools.partial):  # type: ignore[type-arg]  # a partial: C speed, 
 
     __torch_unserializable__ = True  # tensors that carry it may be saved: torch would warn otherwise
     flag: bool | None = None  # of a module backward hook: the module's ``_is_full_backward_hook`` before any probe
+
+    @property
+    def __name__(self) -> str:  # only torch.jit.script asks
+        raise AttributeError("a Probe is attached, and torch.jit.script would compile its hooks; script outside of it")
 
     def __deepcopy__(self, memo: Any) -> Any:
         return contextlib.nullcontext().__exit__  # takes anything, returns None
@@ -74,7 +79,7 @@ class Tap:
         self.session = session
         self.takers: dict[Kind, tuple[Callable[..., None], ...]] = {}
         self.edits: dict[Kind, tuple[Callable[[Any], Any], ...]] = {}
-        self.stop = False
+        self.stop = 0  # how many times it was asked to end the forward here
         self.tried = False  # whether a whole pass went by while it had hooks, and whether they ever fired
         self.fired = False
         self.short: Any = None
@@ -228,7 +233,7 @@ class Tap:
                 for edit in edits:
                     result = edit(result)
                 if copies_views and torch.is_grad_enabled():
-                    result = rebuild(result, _unview, opaque=_same)
+                    result = _without_views(result)
                 for take in takers:
                     take(pass_, call, result)
                 if not pass_.open:  # an edit or observer left the probe: no hook may be put on a graph now
@@ -239,6 +244,7 @@ class Tap:
                     call.shape_out = shape(result)
                     pass_.storages.update((s._cdata, layer.name) for _, t in leaves(result) if (s := storage_of(t)))
                 if self.stop:
+                    session.stopping = layer.name
                     raise StopForward(session, layer.name)
                 return None if result is output else result
             finally:
@@ -284,7 +290,7 @@ class Tap:
     def _hook_inputs(
         self, handles: list[Any], call: Call, tensors: list[tuple[str, Any]], edges: Edges, deliver: Deliver
     ) -> None:
-        consumers, passed = edges.consumers(tensors)
+        consumers, passed = edges.consumers(tensors, self.layer.module)
         for paths, nodes in consumers:
             if paths[0] in passed:
                 continue
@@ -310,6 +316,8 @@ class Tap:
     def _separate(self, call: Call, handles: list[Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Copies of the input tensors that only this module consumes, so that an edit of its share touches no other."""
         on_gradient = self._on_gradient(Kind.GRAD_INPUT)
+        if not any(tensor.requires_grad for _, tensor in input_leaves(args, kwargs)):
+            return args, kwargs
 
         def copied(path: str, tensor: torch.Tensor) -> torch.Tensor:
             if not tensor.requires_grad:
@@ -361,7 +369,7 @@ class Tap:
             for edit in edits:
                 result = edit(result)
             if copies_views:
-                result = rebuild(result, _unview, opaque=_same)
+                result = _without_views(result)
         if hook_gradients is not None:
             self._replay_gradients(result, hook_gradients)
         return None if result is output else result
@@ -489,8 +497,12 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _unview(path: str, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.clone() if tensor.requires_grad and tensor._is_view() else tensor
+def _without_views(value: Any) -> Any:
+    """The value itself where no tensor is a view that needs a gradient, else a copy of it with clones of those."""
+    views = {id(tensor) for _, tensor in leaves(value) if tensor.requires_grad and tensor._is_view()}
+    if not views:
+        return value
+    return rebuild(value, lambda _, tensor: tensor.clone() if id(tensor) in views else tensor, opaque=_same)
 
 
 def _module_paths(gradients: Any) -> list[tuple[str, torch.Tensor | None]]:

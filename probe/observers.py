@@ -280,6 +280,8 @@ def _keep(pass_: Pass, kind: Kind, call: Call, value: Any, prefix: str = "") -> 
         kept = snapshot(tensor, call.info.fixed)
         if kept is not None:
             storage = storage_of(tensor)
+            if storage is not None and storage.nbytes() > 4 * tensor.nbytes + 4096 and not _shares(tensor, kept):
+                storage = None  # it is worth less than the memory that it would hold
             geometry = None if storage is None else (tensor.stride(), tensor.storage_offset())
             pass_.events.append((kind, call, prefix + path, kept, storage, version(tensor), geometry))
         return kept

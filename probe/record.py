@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,8 @@ import torch
 from probe.calls import UNSET, Call, Pass
 from probe.capture import Kind, Layer
 from probe.observers import Backward, Seen
-from probe.tree import data_address, fill, inputs
+from probe.select import NoSuchLayer
+from probe.tree import Opaque, data_address, fill, inputs, leaves, rebuild
 
 
 class Reading:
@@ -27,12 +28,15 @@ class Reading:
         self.keep = keep
         self.why_never = why_never
 
-    def check(self, layer: Layer, kind: Kind, field: str) -> None:
+    def check_kept(self, what: str) -> None:
         if not self.keep:
             raise AttributeError(
-                f"this probe keeps no values (keep=0, the default with observers and logs); to read {field} of "
-                f"{layer.name!r} create it with Probe(..., keep=1)"
+                f"this probe keeps no values (keep=0, the default with observers and logs); to read {what} create it "
+                "with Probe(..., keep=1)"
             )
+
+    def check(self, layer: Layer, kind: Kind, field: str) -> None:
+        self.check_kept(f"{field} of {layer.name!r}")
         if kind not in self.kinds:
             have = " | ".join(f"Kind.{member.name}" for member in self.kinds)
             raise AttributeError(
@@ -193,7 +197,10 @@ def why_no_gradient(call: Call, kind: Kind) -> str | None:
     if not call.needs_grad or (kind is Kind.GRAD_INPUT and not call.input_needs_grad):
         return None
     if not call.info.backwards:
-        return "no backward pass has come back to it; call backward() on a loss that depends on it"
+        return (
+            "no backward pass has come back to it while the probe was attached; call backward() on a loss that depends "
+            "on it, inside the with-block"
+        )
     return None
 
 
@@ -205,7 +212,10 @@ def why_no_gradients(calls: list[Call], kinds: Kind) -> str | None:
         return "the forward ran under no_grad or inference_mode"
     waiting = any(call.needs_grad if Kind.GRAD_OUTPUT in kinds else call.input_needs_grad for call in calls)
     if waiting and not any(call.info.backwards or lost_views(call) for call in calls):
-        return "no backward pass has come back; call backward() on a loss that depends on the output"
+        return (
+            "no backward pass has come back while the probe was attached; call backward() on a loss that depends on "
+            "the output, inside the with-block"
+        )
     return None
 
 
@@ -224,6 +234,9 @@ def missing(call: Call, kinds: Kind, blind: bool) -> list[str]:
     if blind or not asked:
         return found
     if not call.needs_grad:
+        seen = opaque_types(call.shape_out)
+        if seen:
+            return [*found, f"no gradient: its output holds {seen}, which the probe does not look into"]
         return [*found, "no gradient: its output needs none (frozen, integer, or computed under no_grad)"]
     for kind in asked:
         side = "grad_output" if kind is Kind.GRAD_OUTPUT else "grad_input"
@@ -236,6 +249,75 @@ def missing(call: Call, kinds: Kind, blind: bool) -> list[str]:
         elif not call.backwards:
             found.append(f"no {side}: no gradient was asked back; the loss does not depend on it")
     return found
+
+
+def opaque_types(value: Any) -> str:
+    """The types of objects in a shape that the walker did not look into."""
+    found: list[str] = []
+
+    def see(each: Any) -> Any:
+        found.append(each.type.__qualname__ if isinstance(each, Opaque) else type(each).__qualname__)
+        return each
+
+    rebuild(value, lambda _, slot: slot, opaque=see)
+    return ", ".join(dict.fromkeys(found))
+
+
+class Values(Mapping[str, Any]):
+    """``name -> value`` of the layers that have one; any other name is a KeyError that says why.
+
+    Arguments:
+        names: of the layers to look at.
+        read: the value of a layer; raises KeyError or AttributeError where there is none.
+    """
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], Any]) -> None:
+        self._read = read
+        self._found = {name: value for name in names if (value := self._try(name)) is not None}
+
+    def _try(self, name: str) -> Any:
+        try:
+            value = self._read(name)
+        except AttributeError:
+            return None
+        return value if leaves(value) else None
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._found:
+            return self._found[name]
+        try:
+            value = self._read(name)  # an alias
+        except AttributeError as error:
+            raise NoSuchLayer(str(error)) from None
+        if not leaves(value):
+            raise NoSuchLayer(f"layer {name!r} was called, but there is no tensor to show")
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} values: {', '.join(self)}>"
+
+
+class PassRecords:
+    """The records of one kept pass, by layer name: ``p.passes[-2]["fc"].output``."""
+
+    def __init__(self, pass_: Pass, layer: Callable[[str], Layer], reading: Reading) -> None:
+        self._pass = pass_
+        self._layer = layer
+        self._reading = reading
+
+    def __getitem__(self, name: str) -> Record:
+        layer = self._layer(name)
+        calls = self._pass.calls.get(layer, [])
+        return Record(layer, calls, len(calls) - 1, self._reading)
+
+    def __iter__(self) -> Iterator[str]:
+        return (layer.name for layer in list(self._pass.calls))
 
 
 class Row(NamedTuple):

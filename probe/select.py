@@ -121,13 +121,18 @@ def choose(every: list[Layer], selectors: Iterable[Any], exclude: Any = ()) -> l
         NoSuchLayer: a selector (or an excluding one) matches nothing, or nothing is left.
         TypeError: a selector of no known form.
     """
-    flat = list(_flatten(selectors))
+    given = list(selectors)
+    flat = list(_flatten(given))
+    if given and not flat:
+        raise NoSuchLayer(f"{given[0]!r} selects no layer: it is empty; leave it out to probe every leaf module")
     dropped = {id(layer) for selector in _flatten(exclude) for layer in match(every, selector)}
     if flat:
         wanted = {id(layer) for selector in flat for layer in match(every, selector)}
         chosen = [layer for layer in every if id(layer) in wanted and id(layer) not in dropped]
     else:
         chosen = [layer for layer in default(every) if id(layer) not in dropped]
+    if not chosen and not dropped:
+        raise NoSuchLayer("the model has no leaf module that computes something; name layers: the root is ''")
     if not chosen:
         raise NoSuchLayer(f"nothing is left to probe: exclude={exclude!r} drops every layer that was selected")
     return chosen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class Session:
         self.whole_passes = 0  # those that no exception ended
         self.versions = True  # False in inference mode, where tensors count no versions
         self.tag: str | None = None
+        self.stopping: str | None = None  # the layer after which the running forward was to end
         self.receivers: list[Receiver] = []
         self.optimizers: list[Any] = []
         self._bound: list[bool] = []
@@ -148,6 +150,7 @@ class Session:
             self.passes += 1
             self._active.add(pass_)
         self.local.current = pass_
+        self.stopping = None
         self._release_leaves(threading.get_ident())
         if pass_.open:
             self.versions = not torch.is_inference_mode_enabled()
@@ -213,6 +216,9 @@ class Session:
             pass_.depth -= 1
             if pass_.depth == 0:
                 self.end(pass_, whole=error is None)
+                if error is None and self.stopping is not None:
+                    text = f"the model caught the interruption of stop_after({self.stopping!r}) and went on"
+                    warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def explain(self, error: BaseException | None, pass_: Pass) -> None:
         """Make torch's error about its module backward hook name the module whose output was overwritten."""

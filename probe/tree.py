@@ -103,7 +103,8 @@ def _rebuild(value: Any, visit: Visit, opaque: Callable[[Any], Any], path: str, 
     if isinstance(value, tuple):
         return _tuple(value, visit, opaque, path, above)
     if isinstance(value, list):
-        return [_rebuild(item, visit, opaque, f"{path}[{i}]", above) for i, item in enumerate(value)]
+        items = [_rebuild(item, visit, opaque, f"{path}[{i}]", above) for i, item in enumerate(value)]
+        return items if type(value) is list else _filled(value, items)
     if isinstance(value, Mapping):
         return _mapping(value, visit, opaque, path, above)
     if isinstance(value, types.SimpleNamespace):
@@ -124,6 +125,16 @@ def _dataclass(value: Any, visit: Visit, opaque: Callable[[Any], Any], path: str
             object.__setattr__(new, name, item)  # a frozen dataclass refuses setattr
     except Exception:  # whatever a foreign class raises on being copied: its fields in a namespace are still right
         return types.SimpleNamespace(**items)
+    return new
+
+
+def _filled(value: list[Any], items: list[Any]) -> list[Any]:
+    """A copy of a list of a subclass with other items, or a plain list where it cannot be copied."""
+    try:
+        new = copy.copy(value)
+        new[:] = items
+    except Exception:  # whatever a foreign class raises on being copied
+        return items
     return new
 
 

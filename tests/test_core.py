@@ -1016,3 +1016,94 @@ def test_a_probe_costs_nothing_once_it_is_left(net: nn.Module, x: torch.Tensor) 
         assert not any(
             value for name, value in vars(module).items() if "hook" in name and name != "_is_full_backward_hook"
         )
+
+
+def test_two_stops_on_one_layer() -> None:
+    """Taking one back leaves the other."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    reached = False
+    with Probe(model) as p:
+        first, second = p.stop_after("0"), p.stop_after("0")
+        first.remove()
+        model(torch.ones(1, 2))
+        reached = True
+    assert not reached
+    second.remove()
+
+
+def test_a_model_that_catches_the_stop_is_told_of() -> None:
+    """A forward that swallows every exception goes on: that is said."""
+
+    class Careless(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            try:
+                return self.inner(x)
+            except Exception:
+                return x
+
+    model = Careless()
+    with Probe(model) as p:
+        p.stop_after("inner")
+        with pytest.warns(RuntimeWarning, match=r"caught the interruption of stop_after\('inner'\)"):
+            model(torch.ones(1, 2))
+
+
+def test_containers_that_flow_on_stay_the_users_own() -> None:
+    """copy_views replaces a structure only where a tensor in it is a view, and keeps a list's subclass."""
+
+    class Marked(list):  # type: ignore[type-arg]
+        mark = 0
+
+    class Listing(nn.Module):
+        def __init__(self, view: bool) -> None:
+            super().__init__()
+            self.view = view
+
+        def forward(self, x: torch.Tensor) -> Marked:
+            self.made = Marked([(x * 2)[:1] if self.view else x * 2])
+            self.made.mark = 3
+            return self.made
+
+    for view in (False, True):
+        model = nn.Sequential(Listing(view))
+        with Probe(model, copy_views=True):
+            out = model(torch.ones(2, 2, requires_grad=True))
+        assert (out is model[0].made) == (not view)
+        assert (type(out), out.mark) == (Marked, 3)
+
+
+def test_a_graph_that_leaves_by_an_attribute_counts() -> None:
+    """GRAD_INPUT sees an auxiliary loss that a module keeps on itself, as torch's module hook does."""
+
+    class Regularised(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.penalty = x.pow(2).sum()
+            return x * 2
+
+    model = nn.Sequential(nn.Linear(2, 2), Regularised())
+    for backward in ("tensor", "module"):
+        with Probe(model, backward=backward) as p:
+            (model(torch.randn(3, 2, requires_grad=True)).sum() + model[1].penalty).backward()
+        found = p["1"].grad_input
+        found = found[0] if isinstance(found, tuple) else found
+        assert torch.allclose(found, 2 + 2 * p["1"].input)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+def test_scripting_a_probed_model_says_what_to_do() -> None:
+    """torch.jit.script would compile the hooks."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    with Probe(model), pytest.raises(AttributeError, match="script outside"):
+        torch.jit.script(model)
+
+
+def test_an_empty_selection_is_an_error() -> None:
+    """A computed list that came out empty does not silently mean every layer."""
+    with pytest.raises(NoSuchLayer, match="selects no layer"):
+        Probe(nn.Linear(2, 2), [])
+    with pytest.raises(NoSuchLayer, match="no leaf module"):
+        Probe(nn.ModuleList())

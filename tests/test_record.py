@@ -416,12 +416,16 @@ def test_a_probe_that_keeps_nothing(how: str) -> None:
         model(torch.ones(1, 2)).sum().backward()
     for field in ("output", "input", "grad_output"):
         assert re.search(r"keeps no values \(keep=0.*create it with Probe\(\.\.\., keep=1\)", absent(p, "0", field))
-    assert p.activations == {}
+    for mapping in ("activations", "gradients", "passes"):
+        with pytest.raises(AttributeError, match=f"to read {mapping} create it with"):
+            getattr(p, mapping)
     assert p.overwritten == []
+    assert "keeps no values" in str(p.overwritten)
     if how == "keep":
         assert p.report()[0].reason.startswith("nothing was hooked: no values are kept (keep=0)")
     else:
-        assert p.report() == []
+        (row,) = p.report()
+        assert row.reason.startswith("no values are kept")
         assert "not called" not in str(p)
 
 
@@ -794,3 +798,75 @@ def test_relu_in_place_and_out_of_place_show_the_same(image: torch.Tensor) -> No
             assert torch.equal(getattr(probes[0][name], field), getattr(probes[1][name], field)), (name, field)
     assert [row.name for row in probes[0].overwritten] == ["1"]
     assert probes[1].overwritten == []
+
+
+def test_kept_passes_are_read_like_the_probe() -> None:
+    """keep=n: every kept pass, the oldest first."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    inputs = [torch.randn(1, 2) for _ in range(3)]
+    with Probe(model, keep=2) as p:
+        for x in inputs:
+            model(x)
+    assert len(p.passes) == 2
+    assert [torch.equal(each["0"].input, x) for each, x in zip(p.passes, inputs[1:], strict=True)] == [True, True]
+    assert list(p.passes[0]) == ["0", "1"]
+    with pytest.raises(NoSuchLayer, match="nope"):
+        _ = p.passes[0]["nope"]
+
+
+def test_mappings_say_why_a_value_is_absent() -> None:
+    """Unknown, not called, and without a gradient are told apart; aliases are read."""
+    model = zoo.Shared()
+    model.add_module("unused", nn.Linear(2, 2))
+    with pytest.warns(ProbeWarning, match="unused"), Probe(model) as p:
+        model(torch.randn(2, 4))
+    assert list(p.activations) == ["first", "act"]
+    assert torch.equal(p.activations["second"], p["first"].output)
+    for mapping, name, text in (
+        (p.activations, "nope", "no layer 'nope'"),
+        (p.activations, "unused", "never called"),
+        (p.gradients, "first", "inside the with-block"),
+    ):
+        with pytest.raises(KeyError, match=text):
+            _ = mapping[name]
+    assert len(p.gradients) == 0
+
+
+def test_outputs_that_were_not_captured_are_not_called_intact() -> None:
+    """Without Kind.OUTPUT `overwritten` says that it does not know."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(inplace=True))
+    with Probe(model, kinds=Kind.INPUT) as p:
+        model(torch.randn(1, 2))
+    assert "Kind.OUTPUT" in str(p.overwritten)
+
+
+def test_a_small_view_does_not_keep_a_large_storage() -> None:
+    """Neither the snapshot nor the book-keeping for `overwritten` holds it."""
+
+    class Crop(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.new_zeros(100_000)[:4]
+
+    model = nn.Sequential(Crop())
+    with Probe(model) as p:
+        model(torch.ones(1))
+        held = [event[4] for pass_ in p._store.passes() for event in pass_.events if event[1].layer.name == "0"]
+        assert all(storage is None or storage.nbytes() < 1000 for storage in held)
+    assert p["0"].output.untyped_storage().nbytes() == 16
+
+
+def test_custom_objects_are_named_as_the_reason() -> None:
+    """An output of a type that is not walked is not called frozen."""
+
+    class Box:
+        def __init__(self, value: torch.Tensor) -> None:
+            self.value = value
+
+    class Boxing(nn.Module):
+        def forward(self, x: torch.Tensor) -> Box:
+            return Box(x * 2)
+
+    model = nn.Sequential(nn.Linear(2, 2), Boxing())
+    with Probe(model) as p:
+        model(torch.ones(1, 2)).value.sum().backward()
+    assert "Box, which the probe does not look into" in next(row.reason for row in p.report() if row.name == "1")
