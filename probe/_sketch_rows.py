@@ -42,7 +42,9 @@ TOP = -(1 << 63)
 
 _CHUNK = 1 << 19  # elements; as float32 they fill two megabytes
 _PIECE = 1 << 17  # elements; as float64 they fill a megabyte, a common level 2 cache
-_SMALL = 1 << 13  # elements; below, NumPy's calls cost less than torch's, and several tensors are worth gluing together
+_SMALL = (
+    10_000  # elements; up to here NumPy's calls cost less than torch's, its BLAS keeps to one thread, and gluing pays
+)
 _GLUED = 1 << 15  # elements of small tensors that are glued together at most
 _ROWS = 64  # small tensors glued together at most; their rows fill a megabyte
 _LARGE = 1 << 22  # elements; the plain operators' temporaries take up to 60 bytes each
