@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from probe import sketch
-from probe.calls import Call, Pass, Receiver
+from probe.calls import Call, Receiver
 from probe.capture import Capture, Embedding, Histogram, Image, Kind, Layer, ParameterKind, Scalar, Summary
 from probe.hooks import at_end_of_backward
-from probe.observers import quiet
+from probe.observers import quiet, tensor_taker
 from probe.sketch import Sketch
 from probe.summary import Statistic, draw_all, forget_drawn
-from probe.tree import input_leaves, leaves, snapshot
+from probe.tree import snapshot
 
 
 class Parameters:
@@ -187,19 +187,17 @@ class Log(Receiver):
                         suffix = f"{path}{f'#{number}' if number else ''}"
                         self._summarise(capture, summaries, stem + suffix, call.info.mode)
 
-        def take_input(pass_: Pass, call: Call, value: Any) -> None:
-            deliver(call, input_leaves(*value))
-
-        def take_output(pass_: Pass, call: Call, value: Any) -> None:
-            deliver(call, leaves(value))
+        take = tensor_taker(kind, deliver)
+        if kind in Kind.INPUT | Kind.OUTPUT:
+            return take
 
         def take_gradient(call: Call, path: str, gradient: torch.Tensor, backward: int) -> None:
             if backward != self._last_backward:
                 self._last_backward = backward
                 at_end_of_backward(self._measure_gradients)
-            deliver(call, [(path, gradient)])
+            take(call, path, gradient, backward)
 
-        return {Kind.INPUT: take_input, Kind.OUTPUT: take_output}.get(kind, take_gradient)
+        return take_gradient
 
     def _summarise(self, capture: Capture, summaries: list[Summary], prefix: str, mode: str) -> None:
         for summary in list(summaries):

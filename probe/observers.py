@@ -80,16 +80,7 @@ class Adapter(Receiver):
                 error.add_note(f"raised by {self.observer!r} at layer {layer.name!r}, {kind.label}")
                 raise
 
-        def take_input(pass_: Pass, call: Call, value: Any) -> None:
-            deliver(call, input_leaves(*value))
-
-        def take_output(pass_: Pass, call: Call, value: Any) -> None:
-            deliver(call, leaves(value))
-
-        def take_gradient(call: Call, path: str, gradient: torch.Tensor, backward: int) -> None:
-            deliver(call, [(path, gradient)])
-
-        return {Kind.INPUT: take_input, Kind.OUTPUT: take_output}.get(kind, take_gradient)
+        return tensor_taker(kind, deliver)
 
     def _bound(self, layer: Layer, kind: Kind) -> Callable[[Call, str, torch.Tensor], None]:
         functions: dict[tuple[int, str, str], Callable[[torch.Tensor], Any] | None] = {}
@@ -115,6 +106,22 @@ class Adapter(Receiver):
                     deque(shown, maxlen=0)  # a generator function runs only when it is iterated
 
         return emit
+
+
+def tensor_taker(kind: Kind, deliver: Callable[[Call, list[tuple[str, torch.Tensor]]], None]) -> Taker:
+    """A taker of one kind that hands on the tensors in what flowed, with their paths."""
+
+    def take_input(pass_: Pass, call: Call, value: Any) -> None:
+        deliver(call, input_leaves(*value))
+
+    def take_output(pass_: Pass, call: Call, value: Any) -> None:
+        deliver(call, leaves(value))
+
+    def take_gradient(call: Call, path: str, gradient: torch.Tensor, backward: int) -> None:
+        deliver(call, [(path, gradient)])
+
+    takers: dict[Kind, Taker] = {Kind.INPUT: take_input, Kind.OUTPUT: take_output}
+    return takers.get(kind, take_gradient)
 
 
 @contextlib.contextmanager
