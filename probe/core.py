@@ -351,8 +351,10 @@ class Probe:
         or micro-batches of a step yield under one tag is merged: sketches add up, other numbers are averaged, of
         pictures the last one stays. With an optimizer, parameters, their gradients and their updates are captured
         around its step, learning rates are written as ``lr/<group>`` (momentum and weight decay once they change), and
-        the norm of all gradients before and after clipping. Passes in eval mode, or under `tag`, go to a sub-run of
-        that name. A probe that logs keeps nothing for reading unless ``keep=`` says so.
+        the norm of all gradients before and after clipping; of several optimizers each by its name, ``lr/SGD.group0``.
+        Gradients of activations are logged as they flow, those of parameters as the update uses them: a `GradScaler`'s
+        scale is in the former. Passes in eval mode, or under `tag`, go to a sub-run of that name. A probe that logs
+        keeps nothing for reading unless ``keep=`` says so.
 
         Arguments:
             writer: a `Board`, which writes in the background, or any ``SummaryWriter``. It is not closed here.
@@ -376,7 +378,7 @@ class Probe:
         if layers is None:
             chosen, owners = self._layers, self._every
         else:
-            chosen = owners = select.choose(self._every, _listed(layers))
+            chosen = owners = select.choose(self._every, [layers])
         log = Log(
             writer,
             _wanted(summaries, kinds, self._asked_kinds, bool(self._optimizers)),
@@ -384,6 +386,7 @@ class Probe:
             layers=chosen,
             parameters=Parameters(self._every, owners, self._optimizers),
             on_error=on_error,
+            recorder=self._recorder,
             scaler=self._scaler,
             told=self._told.setdefault(id(writer), {}),
         )

@@ -5,18 +5,21 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from probe import sketch
 from probe.calls import Call, Receiver
-from probe.capture import Capture, Embedding, Histogram, Image, Kind, Layer, ParameterKind, Scalar, Summary
+from probe.capture import Capture, Embedding, Histogram, Image, Kind, Layer, ParameterKind, Scalar, Shown, Summary
 from probe.hooks import at_end_of_backward
 from probe.observers import quiet, tensor_taker
 from probe.sketch import Sketch
 from probe.summary import Statistic, draw_all, forget_drawn
 from probe.tree import snapshot
+
+if TYPE_CHECKING:
+    from probe.schedule import Recorder
 
 
 class Parameters:
@@ -28,6 +31,7 @@ class Parameters:
     def __init__(self, every: Sequence[Layer], layers: Sequence[Layer], optimizers: Sequence[Any]) -> None:
         updated = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
         below = {id(module) for layer in layers for module in layer.module.modules()}
+        self.optimizers = optimizers
         self.found: dict[int, tuple[str, torch.Tensor, type, int]] = {}
         for layer in every:
             if id(layer.module) not in below:
@@ -40,10 +44,15 @@ class Parameters:
 
 
 class _Step:
-    """What the summaries yielded in one step, by mode and tag; what has the same tag is merged."""
+    """What the summaries yielded in one step, by mode and tag; what has the same tag is merged.
+
+    A step may last long (a whole evaluation): what is kept does not grow with what is added.
+    """
+
+    SUMS = 8
 
     def __init__(self) -> None:
-        self.scalars: dict[tuple[str, str], list[Any]] = {}
+        self.scalars: dict[tuple[str, str], tuple[Any, int]] = {}  # sum and count
         self.statistics: dict[tuple[str, str], tuple[Sketch, str]] = {}
         self.histograms: dict[tuple[str, str], Sketch] = {}
         self.images: dict[tuple[str, str], torch.Tensor] = {}
@@ -53,37 +62,51 @@ class _Step:
     def __bool__(self) -> bool:
         return any((self.scalars, self.statistics, self.histograms, self.images, self.embeddings))
 
-    def add(self, mode: str, prefix: str, item: Any) -> None:
-        key = (mode, f"{prefix}/{item.tag}")
+    def add(self, mode: str, prefix: str, item: Shown) -> None:
+        """Merge what a summary yielded.
+
+        Raises:
+            TypeError, ValueError: it can't be shown.
+        """
+        key = (mode, f"{prefix}/{getattr(item, 'tag', '')}")
         match item:
             case Scalar(value=Statistic() as value):
                 before = self.statistics.get(key)
                 total = value.sketch if before is None else self._plus(before[0], value.sketch)
                 self.statistics[key] = (total, value.name)
             case Scalar():
-                self.scalars.setdefault(key, []).append(item.value)
+                number, (total, count) = _number(item), self.scalars.get(key, (None, 0))
+                self.scalars[key] = (number if total is None else _sum(total, number), count + 1)
             case Histogram():
-                drawn = item.value if isinstance(item.value, Sketch) else sketch.of(torch.as_tensor(item.value))
+                drawn = _sketched(item)
                 if drawn is not None:
                     held = self.histograms.get(key)
                     self.histograms[key] = drawn if held is None else self._plus(held, drawn)
             case Image():
+                if not isinstance(item.value, torch.Tensor) or not 2 <= item.value.dim() <= 4 or not item.value.numel():
+                    raise TypeError(f"Image({item.tag!r}, ...) takes a tensor [C, H, W], not {_described(item.value)}")
                 self.images[key] = item.value
             case Embedding():
+                if not isinstance(item.value, torch.Tensor) or item.value.dim() != 2 or not item.value.numel():
+                    raise TypeError(f"Embedding({item.tag!r}, ...) takes a tensor [N, F], not {_described(item.value)}")
+                if item.labels is not None and len(item.labels) != len(item.value):
+                    raise ValueError(f"Embedding({item.tag!r}): {len(item.value)} points, {len(item.labels)} labels")
                 self.embeddings[key] = item
             case _:
-                raise TypeError(f"a summary yields Scalar, Histogram, Image and Embedding, not {item!r}")
+                raise TypeError(f"a summary yields Scalar, Histogram, Image and Embedding, not {_described(item)}")
 
     def _plus(self, a: Sketch, b: Sketch) -> Sketch:
-        """``a + b``, once for all tags that share the two sketches."""
+        """``a + b``, once for all tags that share the two sketches; these come soon after one another."""
         pair = (id(a), id(b))
         if pair not in self._sums:
+            if len(self._sums) == self.SUMS:
+                del self._sums[next(iter(self._sums))]
             self._sums[pair] = (a, b, a + b)  # a and b are held, so that their ids stay theirs
         return self._sums[pair][2]
 
     def fetch(self) -> Callable[[], dict[str, list[Any]]]:
         """Start one copy of everything to the host; the function waits for it and gives the items by mode."""
-        plain = {key: _mean(values) for key, values in self.scalars.items()}
+        plain = {key: total if count == 1 else total / count for key, (total, count) in self.scalars.items()}
         drawn = {id(each): each for each in [*(s for s, _ in self.statistics.values()), *self.histograms.values()]}
         values: list[Any] = [*plain.values(), *self.images.values(), *drawn.values()]
         values += [each.value for each in self.embeddings.values()]
@@ -109,14 +132,44 @@ class _Step:
         return items
 
 
-def _mean(values: list[Any]) -> Any:
-    """The mean over the micro-batches of a step, on the device where the numbers are."""
-    if len(values) == 1:
-        return values[0]
-    if not any(isinstance(value, torch.Tensor) for value in values):
-        return sum(values) / len(values)
-    device = next(value.device for value in values if isinstance(value, torch.Tensor))
-    return torch.stack([torch.as_tensor(value, device=device).double() for value in values]).mean()
+def _number(item: Scalar) -> Any:
+    """The number of a scalar: a float, or a 0-dim tensor where it is."""
+    value = item.value
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1 or value.is_complex():
+            raise ValueError(f"Scalar({item.tag!r}, ...) is one real number, not {_described(value)}")
+        return value.reshape(())
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"Scalar({item.tag!r}, ...) is one real number, not {_described(value)}") from None
+
+
+def _sketched(item: Histogram) -> Sketch | None:
+    if isinstance(item.value, Sketch):
+        return item.value
+    try:
+        numbers = torch.as_tensor(item.value)
+    except (TypeError, ValueError, RuntimeError):
+        text = f"Histogram({item.tag!r}, ...) takes a tensor, numbers or a Sketch, not {_described(item.value)}"
+        raise TypeError(text) from None
+    return sketch.of(numbers)
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    return f"{value!r:.80} ({type(value).__name__})"
+
+
+def _sum(a: Any, b: Any) -> Any:
+    """``a + b`` in double precision, on the device where a tensor among them is."""
+    if not isinstance(a, torch.Tensor) or (isinstance(b, torch.Tensor) and a.device.type == "cpu"):
+        a, b = b, a
+    if not isinstance(a, torch.Tensor):
+        return a + b
+    wide = torch.float32 if a.device.type == "mps" else torch.float64
+    return a.to(wide) + (b.to(a.device, wide) if isinstance(b, torch.Tensor) else b)
 
 
 class Log(Receiver):
@@ -133,6 +186,7 @@ class Log(Receiver):
         layers: whose activations.
         parameters: whose values, gradients and updates.
         on_error: ``"raise"``, or ``"warn"``: a summary that raises is named once and not asked again.
+        recorder: of the optimizers' rates; None where there are none.
         scaler: the GradScaler in whose units gradients are before the optimizer's step.
         told: shared by the logs of one writer: for each optimizer the last step whose rates were written.
     """
@@ -146,6 +200,7 @@ class Log(Receiver):
         layers: Sequence[Layer],
         parameters: Parameters,
         on_error: str,
+        recorder: Recorder | None = None,
         scaler: Any = None,
         told: dict[int, int] | None = None,
     ) -> None:
@@ -154,15 +209,15 @@ class Log(Receiver):
         self.on_error = on_error
         self._wanted = wanted
         self._layers = set(layers)
+        self._recorder = recorder
         self._scaler = scaler
         self._told: dict[int, int] = {} if told is None else told
-        self._norm_before: Any = None
+        self._norm_before: dict[int, torch.Tensor] = {}  # of an optimizer's gradients
         self._last_backward = -1
         self._parameters = parameters
         self._steps: dict[int, _Step] = {}
         self._lock = threading.Lock()
         self._before: dict[int, torch.Tensor] = {}
-        self._first: dict[tuple[int, int, str], Any] = {}
 
     # -- activations ---------------------------------------------------------------------------------------------------
 
@@ -188,7 +243,7 @@ class Log(Receiver):
                         self._summarise(capture, summaries, stem + suffix, call.info.mode)
 
         take = tensor_taker(kind, deliver)
-        if kind in Kind.INPUT | Kind.OUTPUT:
+        if kind in Kind.INPUT | Kind.OUTPUT or self._recorder is None or not self._wanted.get(ParameterKind.GRAD):
             return take
 
         def take_gradient(call: Call, path: str, gradient: torch.Tensor, backward: int) -> None:
@@ -202,7 +257,10 @@ class Log(Receiver):
     def _summarise(self, capture: Capture, summaries: list[Summary], prefix: str, mode: str) -> None:
         for summary in list(summaries):
             try:
-                items = list(summary(capture) or ())
+                shown = summary(capture)
+                if shown is not None and not isinstance(shown, Iterable):
+                    raise TypeError(f"a summary yields what it shows, or returns a list of it, not {_described(shown)}")
+                items = list(shown or ())
                 with self._lock:
                     step = self._steps.setdefault(capture.step, _Step())
                     for item in items:
@@ -221,13 +279,10 @@ class Log(Receiver):
     # -- parameters ----------------------------------------------------------------------------------------------------
 
     def before_step(self, optimizer: Any, step: int) -> None:
-        """Show rates, gradients and parameters as the update will use them."""
+        """Show gradients and parameters as the update will use them."""
         if not self.active(step):
             return
         with quiet():
-            if self._told.get(id(optimizer)) != step:
-                self._told[id(optimizer)] = step
-                self._rates(optimizer, step)
             self._norms(optimizer, step)
             captures: list[Capture] = []
             for key, (_, parameter, _, _) in self._of(optimizer):
@@ -241,10 +296,15 @@ class Log(Receiver):
             self._show(captures)
 
     def after_step(self, optimizer: Any, step: int) -> None:
-        """Show what the update added to the parameters."""
-        if not self._before:
+        """Show the rates that the update used, and what it added to the parameters."""
+        if not self.active(step):
             return
         with quiet():
+            if self._told.get(id(optimizer)) != step:
+                self._told[id(optimizer)] = step
+                for tag, number in {} if self._recorder is None else self._recorder.scalars(optimizer).items():
+                    what, _, group = tag.partition("/")
+                    self._add(step, what, Scalar(group, number))
             captures: list[Capture] = []
             for key, (_, parameter, _, _) in self._of(optimizer):
                 before = self._before.pop(key, None)
@@ -255,34 +315,22 @@ class Log(Receiver):
                     self._add(step, f"{captures[-1].name}/update", Scalar("ratio", ratio))
             self._show(captures)
 
-    def _rates(self, optimizer: Any, step: int) -> None:
-        """Learning rates, and momentum and weight decay once they change."""
-        for number, group in enumerate(optimizer.param_groups):
-            name = str(group.get("name", f"group{number}"))
-            rates = {"lr": group["lr"], "momentum": group.get("momentum", group.get("betas", (None,))[0])}
-            rates["weight_decay"] = group.get("weight_decay")
-            for what, value in rates.items():
-                if value is None:
-                    continue
-                value = value.detach().clone() if isinstance(value, torch.Tensor) else value
-                first = self._first.setdefault((id(optimizer), number, what), value)
-                if what == "lr" or isinstance(value, torch.Tensor) or value != first:
-                    self._add(step, what, Scalar(name, value))
-
     def _measure_gradients(self) -> None:
-        """At the end of a backward pass: the norm of all gradients, before anybody clips them."""
+        """At the end of a backward pass: the norm of each optimizer's gradients, before anybody clips them."""
         with quiet():
-            norm = _norm([p.grad for _, p, _, _ in self._parameters.found.values() if p.grad is not None])
-            scale = getattr(self._scaler, "_scale", None)
-            self._norm_before = norm if scale is None else norm / scale.to(norm.device)
+            for optimizer in self._parameters.optimizers:
+                norm = _norm([p.grad for _, (_, p, _, _) in self._of(optimizer) if p.grad is not None])
+                scale = getattr(self._scaler, "_scale", None)
+                self._norm_before[id(optimizer)] = norm if scale is None else norm / scale.to(norm.device)
 
     def _norms(self, optimizer: Any, step: int) -> None:
         gradients = [p.grad for _, (_, p, _, _) in self._of(optimizer) if p.grad is not None]
-        if self._wanted.get(ParameterKind.GRAD) and gradients:
-            self._add(step, "grad_norm", Scalar("after_clipping", _norm(gradients)))
-            if self._norm_before is not None:
-                self._add(step, "grad_norm", Scalar("before_clipping", self._norm_before))
-        self._norm_before = None
+        before = self._norm_before.pop(id(optimizer), None)
+        if self._recorder is not None and self._wanted.get(ParameterKind.GRAD) and gradients:
+            prefix = self._recorder.prefix(optimizer)
+            self._add(step, "grad_norm", Scalar(f"{prefix}after_clipping", _norm(gradients)))
+            if before is not None:
+                self._add(step, "grad_norm", Scalar(f"{prefix}before_clipping", before))
 
     def _add(self, step: int, prefix: str, item: Any) -> None:
         with self._lock:
@@ -343,7 +391,8 @@ class Log(Receiver):
 
 def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
     """The L2 norm of all tensors together, in float32, on their device."""
-    dense = [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors if not t.is_sparse]
+    dense = [t.coalesce().values() if t.is_sparse else t for t in tensors]
+    dense = [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in dense]
     if not dense:
         return torch.zeros(())
     norms = torch.stack([norm.to(dense[0].device) for norm in torch._foreach_norm(dense)])

@@ -34,6 +34,8 @@ class Session:
         self.stopping: str | None = None  # the layer after which the running forward was to end
         self.receivers: list[Receiver] = []
         self.optimizers: list[Any] = []
+        self._entered = 0  # at which step
+        self._late: dict[int, bool] = {}  # whether an optimizer steps after the first one has ended the step
         self._bound: list[bool] = []
         self._fixed: frozenset[int] = frozenset()  # storages of parameters and buffers, which stay where they are
         self._live: list[Tap] = []  # the taps that have hooks, and how many whole passes there were when they got them
@@ -116,18 +118,31 @@ class Session:
 
         Step hooks only: ``step`` is never wrapped.
         """
+        if not self.optimizers:
+            self._late, self._entered = {}, self.step
         self.optimizers.append(optimizer)
         return on_step(optimizer, self._before_step, self._after_step)
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        step = self._step_of(optimizer)
         for receiver in self.receivers:
-            receiver.before_step(optimizer, self.step)
+            receiver.before_step(optimizer, step)
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        step = self._step_of(optimizer)
         for receiver in self.receivers:
-            receiver.after_step(optimizer, self.step)
+            receiver.after_step(optimizer, step)
         if optimizer is self.optimizers[0]:
             self.advance(stepped=True)
+
+    def _step_of(self, optimizer: Any) -> int:
+        """Which step an optimizer's update belongs to: one that comes after the first's, to the step that that ended.
+
+        Which of them come after it is seen at their first update.
+        """
+        if optimizer is self.optimizers[0]:
+            return self.step
+        return self.step - self._late.setdefault(id(optimizer), self.step > self._entered)
 
     def advance(self, *, stepped: bool = False) -> None:
         """A step has ended: receivers send off what they have, and hooks are put on or taken off for the next one."""

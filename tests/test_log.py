@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,20 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import probe
-from probe import Board, Capture, Histogram, Image, Kind, ParameterKind, Probe, Scalar, histogram, sketch, stats
+from probe import (
+    Board,
+    Capture,
+    Embedding,
+    Histogram,
+    Image,
+    Kind,
+    ParameterKind,
+    Probe,
+    Scalar,
+    histogram,
+    sketch,
+    stats,
+)
 from probe.hooks import Hook
 from tests import zoo
 
@@ -214,6 +228,101 @@ def test_a_summary_that_raises(tmp_path: Path, model: nn.Module, on_error: str) 
                 model(torch.randn(2, 4))
             model(torch.randn(2, 4))
     assert ("0/output/mean" in read(tmp_path).Tags()["scalars"]) == (on_error == "warn")
+
+
+@pytest.mark.parametrize(
+    ("shown", "error", "message"),
+    [
+        (3, TypeError, "returns a list of it, not 3"),
+        (Scalar("a", 1.0), TypeError, "returns a list of it, not Scalar"),
+        ([3], TypeError, "Scalar, Histogram, Image and Embedding, not 3"),
+        ([Scalar("a", "much")], TypeError, r"Scalar\('a', ...\) is one real number, not 'much'"),
+        ([Scalar("a", torch.ones(3))], ValueError, r"Scalar\('a', ...\) .* not a float32 tensor of shape \(3,\)"),
+        ([Scalar("a", torch.ones((), dtype=torch.cfloat))], ValueError, "one real number"),
+        ([Histogram("a", "much")], TypeError, r"Histogram\('a', ...\) takes a tensor, numbers or a Sketch"),
+        ([Image("a", torch.ones(3))], TypeError, r"Image\('a', ...\) takes a tensor \[C, H, W\]"),
+        ([Embedding("a", torch.ones(3))], TypeError, r"Embedding\('a', ...\) takes a tensor \[N, F\]"),
+        ([Embedding("a", torch.ones(3, 2), [1])], ValueError, "3 points, 1 labels"),
+    ],
+)
+def test_what_a_summary_may_not_yield(
+    shown: Any, error: type[Exception], message: str, tmp_path: Path, model: nn.Module
+) -> None:
+    """It is said at once, at the layer, or warned of once: not by the background thread later."""
+
+    def summary(c: Capture) -> Any:
+        return shown
+
+    with Board(str(tmp_path)) as board, Probe(model, "0", kinds=Kind.OUTPUT) as p:
+        handle = p.log(board, summary)
+        with pytest.raises(error, match=message) as caught:
+            model(torch.randn(2, 4))
+        assert "at '0', output" in caught.value.__notes__[0]
+        handle.remove()
+        p.log(board, summary, on_error="warn")
+        with pytest.warns(RuntimeWarning, match="it is not asked again"):
+            model(torch.randn(2, 4))
+
+
+def test_a_long_step_takes_no_more_memory(tmp_path: Path, model: nn.Module) -> None:
+    """An evaluation of many batches, or steps that nobody ends: numbers are merged as they come, not gathered."""
+
+    def mean(c: Capture) -> Iterator[Any]:
+        yield Scalar("own", c.value.mean())
+
+    def alive() -> int:
+        return sum(type(each) in (torch.Tensor, sketch.Sketch) for each in gc.get_objects())
+
+    batches = [torch.randn(2, 4) for _ in range(60)]
+    with Board(str(tmp_path)) as board, Probe(model, "0", kinds=Kind.OUTPUT) as p, torch.no_grad():
+        p.log(board, stats, mean, histogram)
+        for x in batches[:20]:
+            model(x)
+        before = alive()
+        for x in batches[20:]:
+            model(x)
+        assert alive() < before + 4 * sketch.Sketch.TERMS  # a sum keeps so many before it folds them
+    outputs = torch.stack([model[0](x) for x in batches])
+    assert scalars(tmp_path, "0/output/own")[0] == pytest.approx(float(outputs.mean()), abs=1e-6)
+    assert scalars(tmp_path, "0/output/mean")[0] == pytest.approx(float(outputs.mean()), abs=1e-6)
+
+
+@pytest.mark.parametrize("first_ends_the_step", [False, True])
+def test_several_optimizers_are_told_apart(first_ends_the_step: bool, tmp_path: Path, model: nn.Module) -> None:
+    """Each has its rates and norms; what belongs to one iteration is at one step, whichever of them steps first."""
+    one = torch.optim.SGD(model[0].parameters(), lr=0.5)
+    other = torch.optim.Adam(model[2].parameters(), lr=0.25)
+    norms: dict[str, list[float]] = {"SGD": [], "Adam": []}
+    with Board(str(tmp_path)) as board, Probe(model, optimizer=[one, other]) as p:
+        p.log(board, stats, every=2)
+        for _ in range(4):
+            model.zero_grad()
+            model(torch.randn(3, 4)).square().sum().backward()
+            for name, layer in (("SGD", model[0]), ("Adam", model[2])):
+                norms[name].append(float(nn.utils.get_total_norm([each.grad for each in layer.parameters()])))
+            nn.utils.clip_grad_norm_(model[0].parameters(), 1e-3)
+            for optimizer in (one, other) if first_ends_the_step else (other, one):
+                optimizer.step()
+    for name, rate, clipped in (("SGD", 0.5, 1e-3), ("Adam", 0.25, None)):
+        expected = {step: pytest.approx(norms[name][step], rel=1e-4) for step in (0, 2)}
+        assert scalars(tmp_path, f"lr/{name}.group0") == {0: rate, 2: rate}
+        assert scalars(tmp_path, f"grad_norm/{name}.before_clipping") == expected
+        after = scalars(tmp_path, f"grad_norm/{name}.after_clipping")
+        assert after == ({step: pytest.approx(clipped, rel=1e-2) for step in (0, 2)} if clipped else expected)
+    assert sorted(scalars(tmp_path, "2.weight/grad/mean")) == sorted(scalars(tmp_path, "0.weight/grad/mean")) == [0, 2]
+
+
+def test_sparse_gradients_count(tmp_path: Path) -> None:
+    """An embedding's sparse gradient, in which a row may come twice, has the norm of the dense one."""
+    embedding = nn.Embedding(5, 2, sparse=True)
+    optimizer = torch.optim.SGD(embedding.parameters(), lr=0.1)
+    with Board(str(tmp_path)) as board, Probe(embedding, optimizer=optimizer) as p:
+        p.log(board, stats)
+        embedding(torch.tensor([1, 1, 3])).sum().backward()
+        optimizer.step()
+    expected = {0: pytest.approx((2 * (2**2 + 1)) ** 0.5)}
+    assert scalars(tmp_path, "grad_norm/after_clipping") == expected
+    assert scalars(tmp_path, "grad_norm/before_clipping") == expected
 
 
 def test_a_plain_summary_writer_is_enough(tmp_path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

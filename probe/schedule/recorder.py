@@ -97,12 +97,22 @@ class Recorder:
         """
         numbers: dict[str, Number] = {}
         for log in self._logs if optimizer is None else [self._log(optimizer)]:
-            prefix = f"{log.name}." if len(self._logs) > 1 else ""
             for name, group in zip(log.names(), log.groups, strict=True):
                 for key, column in group.columns.items():
                     if column.last is not None and (key == "lr" or len(column.rows) > 1):
-                        numbers[f"{key}/{prefix}{name}"] = column.last
+                        numbers[f"{key}/{self._prefix(log)}{name}"] = column.last
         return numbers
+
+    def prefix(self, optimizer: Optimizer) -> str:
+        """What tags of this optimizer begin with to tell it from the others, ``"SGD."``; nothing where it is alone.
+
+        Raises:
+            KeyError: this optimizer is not recorded.
+        """
+        return self._prefix(self._log(optimizer))
+
+    def _prefix(self, log: Log) -> str:
+        return f"{log.name}." if len(self._logs) > 1 else ""
 
     def _look(self, wait: bool) -> None:
         if self._watch is not None:
