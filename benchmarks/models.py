@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,21 +49,34 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(x)))
 
 
-def gpt(batch: int = 4, length: int = 128) -> tuple[nn.Module, torch.Tensor]:
-    """A GPT of 6 layers, width 256."""
-    return GPT(), torch.randint(0, 512, (batch, length))
+def gpt(batch: int = 4, size: int = 128) -> tuple[nn.Module, torch.Tensor]:
+    """A GPT of 6 layers, width 256, on sequences of `size` (at most 512) tokens."""
+    return GPT(), torch.randint(0, 512, (batch, size))
 
 
 def mlp200(batch: int = 8) -> tuple[nn.Module, torch.Tensor]:
-    """200 layers of Linear(64, 64): nothing but the cost of calling modules."""
-    return nn.Sequential(*[nn.Linear(64, 64) for _ in range(200)]), torch.randn(batch, 64)
+    """200 layers of Linear(64, 64): nothing but the cost of calling modules.
+
+    Orthogonal weights, so that gradients do not fade into denormal numbers, which CPUs are slow at.
+    """
+    layers = [nn.Linear(64, 64) for _ in range(200)]
+    for layer in layers:
+        nn.init.orthogonal_(layer.weight)
+    return nn.Sequential(*layers), torch.randn(batch, 64)
 
 
 def resnet18(batch: int = 1, size: int = 224) -> tuple[nn.Module, torch.Tensor]:
-    """torchvision's resnet18."""
+    """torchvision's resnet18, on pictures of `size` pixels a side."""
     from torchvision.models import resnet18
 
     return resnet18(), torch.randn(batch, 3, size, size)
+
+
+def resnet50(batch: int = 1, size: int = 224) -> tuple[nn.Module, torch.Tensor]:
+    """torchvision's resnet50, on pictures of `size` pixels a side."""
+    from torchvision.models import resnet50
+
+    return resnet50(), torch.randn(batch, 3, size, size)
 
 
 def vit_b_16(batch: int = 1) -> tuple[nn.Module, torch.Tensor]:
@@ -69,9 +86,45 @@ def vit_b_16(batch: int = 1) -> tuple[nn.Module, torch.Tensor]:
     return vit_b_16(), torch.randn(batch, 3, 224, 224)
 
 
-MODELS: dict[str, Callable[..., tuple[nn.Module, torch.Tensor]]] = {
+MODELS: dict[str, Callable[..., tuple[nn.Module, Any]]] = {
     "gpt": gpt,
     "mlp200": mlp200,
     "resnet18": resnet18,
+    "resnet50": resnet50,
     "vit_b_16": vit_b_16,
 }
+
+
+def build(spec: str, **settings: Any) -> tuple[nn.Module, Any]:
+    """The model and the inputs that `spec` names: one of `MODELS`, or ``module:function``, a function of your own.
+
+    The function returns ``(model, inputs)``; the inputs are a tensor, a tuple of arguments or a dict of keywords.
+
+    Arguments:
+        spec: the name.
+        settings: what the function is called with (``batch=``, ``size=``).
+
+    Raises:
+        SystemExit: there is no such model, or it can't be made so; the message says what there is.
+    """
+    if spec in MODELS:
+        function: Any = MODELS[spec]
+    elif ":" in spec:
+        module, _, name = spec.partition(":")
+        sys.path.insert(0, os.getcwd())
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise SystemExit(f"--model {spec}: {error}") from error
+        finally:
+            sys.path.remove(os.getcwd())
+    else:
+        known = ", ".join(MODELS)
+        raise SystemExit(f"--model {spec}: there are {known}; your own: --model package.module:function")
+    try:
+        made = function(**settings)
+    except TypeError as error:
+        raise SystemExit(f"--model {spec}: {error}") from error
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
+        raise SystemExit(f"--model {spec}: the function must return (model, inputs), not {type(made).__name__}")
+    return made

@@ -3,7 +3,7 @@
 "Limit" is the least that gives a sum, a norm, the extremes and a histogram: ``sum``, ``dot``, ``aminmax`` and a
 ``bincount`` of the float's top nine bits, the fastest operators of torch for each. ``add_histogram`` makes its event in
 full, but the event is dropped: nothing is written on either side. One thread. Not measured here: memory, and what a
-whole training step costs (``benchmarks.logging``). On a machine that others use as well, ratios to ``add_histogram``
+whole training step costs (``benchmarks.log``). On a machine that others use as well, ratios to ``add_histogram``
 come out too low: it waits for arithmetic, a sketch for the memory that all share.
 """
 

@@ -2,68 +2,127 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 
 class Ratio(NamedTuple):
-    """Median and quartiles of the ratio of one way's time to another's, over interleaved pairs."""
+    """Median and quartiles of the ratio of one way's time to another's, over interleaved pairs.
+
+    `beyond` is the median of the differences, in seconds a run: what one way takes more than the other.
+    """
 
     median: float
     low: float
     high: float
     pairs: int
+    beyond: float = 0.0
+
+    @property
+    def differs(self) -> bool:
+        """Whether the ratio is told from 1: the quartiles lie on one side of it."""
+        return not self.low <= 1 <= self.high
 
     def __str__(self) -> str:
         spread = f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f}, {self.pairs} pairs)"
-        return f"{spread}, no difference beyond the noise" if self.low <= 1 <= self.high else spread
+        return spread if self.differs else f"{spread}, no difference beyond the noise"
 
 
 def compare(work: Callable[[], object], base: Callable[[], object], *, seconds: float = 3.0, least: int = 15) -> Ratio:
-    """The ratio of `work`'s time to `base`'s, measured in interleaved pairs for about `seconds`.
+    """The ratio of `work`'s time to `base`'s, measured in interleaved pairs for about `seconds`, `least` pairs or more.
 
-    The order inside a pair alternates, and a run shorter than 5 ms is repeated to that length. On a GPU each run is
-    bracketed by a synchronisation.
+    The order inside a pair alternates, and a run shorter than 5 ms is repeated to that length. Both are warmed up
+    first, three times where that is quick. On a GPU a run begins on an idle device and ends when the last kernel of its
+    stream has: CUDA events tell the time, so that neither the launches nor the kernels are left out.
     """
+    start = time.perf_counter()
     for _ in range(3):
         work()
         base()
-    repeat = max(1, round(0.005 / max(_time(base, 3) / 3, 1e-9)))
+        if time.perf_counter() - start > seconds:
+            break
+    repeat = max(1, round(0.005 / max(_time(base, 3) / 3, 1e-9))) if time.perf_counter() - start < seconds else 1
     ratios: list[float] = []
+    beyond: list[float] = []
     end = time.perf_counter() + seconds
-    while len(ratios) < least or time.perf_counter() < end:
+    while len(ratios) < max(least, 2) or time.perf_counter() < end:
         if len(ratios) % 2:
             b, a = _time(base, repeat), _time(work, repeat)
         else:
             a, b = _time(work, repeat), _time(base, repeat)
         ratios.append(a / b)
+        beyond.append((a - b) / repeat)
     low, median, high = statistics.quantiles(ratios, n=4)
-    return Ratio(median, low, high, len(ratios))
+    return Ratio(median, low, high, len(ratios), statistics.median(beyond))
 
 
 def _time(run: Callable[[], object], repeat: int) -> float:
-    _synchronize()
-    start = time.perf_counter()
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        start = time.perf_counter()
+        for _ in range(repeat):
+            run()
+        return time.perf_counter() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
     for _ in range(repeat):
         run()
-    _synchronize()
-    return time.perf_counter() - start
+    end.record()  # by the host when it has done its part, reached by the device when that has done its own
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1000
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """The machine and the versions, as they are kept beside results."""
+    found: dict[str, Any] = {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if device == "cuda":
+        found["gpu"] = torch.cuda.get_device_name()
+        found["clocks"] = _clocks()
+    return found
 
 
 def machine() -> str:
     """One line about where this runs."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return (
-        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"Python {platform.python_version()}, {platform.system()}"
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = environment(device)
+    clocks = f" ({found['clocks']})" if found.get("clocks") else ""
+    name = f"{found['gpu']}{clocks}" if device == "cuda" else found["cpu"]
+    versions = f"torch {found['torch']}, Python {found['python']}, {found['system']}"
+    return f"{name}, {found['threads']} of {found['cores']} cores, {versions}"
+
+
+def _cpu() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _clocks() -> str | None:
+    """What nvidia-smi says of the clocks now, and of their limits; None without it."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    fields = {"clocks.sm": "SM", "clocks.max.sm": "at most", "clocks.mem": "memory"}
+    index = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", f"--id=GPU-{index}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    values = done.stdout.strip().split(", ")
+    if done.returncode or len(values) != len(fields):
+        return None
+    return ", ".join(f"{name} {value}" for name, value in zip(fields.values(), values, strict=True))
