@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from probe.capture import Capture, Embedding, Histogram, Image, Kind, ParameterKind, Scalar
-from probe.core import Probe, ProbeWarning
-from probe.select import NoSuchLayer
-
 if TYPE_CHECKING:
     from probe import cam, schedule
     from probe.board import Board
+    from probe.capture import Capture, Embedding, Histogram, Image, Kind, ParameterKind, Scalar
+    from probe.core import Probe, ProbeWarning
+    from probe.select import NoSuchLayer
     from probe.summary import dead_units, embedding, feature_maps, histogram, input_images, kernels, stats
 
 __version__ = "0.1.0"
@@ -40,8 +39,11 @@ __all__ = [
 ]
 
 
-_LATER = {
+_WHERE = {
     "Board": "probe.board",
+    "NoSuchLayer": "probe.select",
+    **dict.fromkeys(("Probe", "ProbeWarning"), "probe.core"),
+    **dict.fromkeys(("Capture", "Embedding", "Histogram", "Image", "Kind", "ParameterKind", "Scalar"), "probe.capture"),
     **dict.fromkeys(
         ("dead_units", "embedding", "feature_maps", "histogram", "input_images", "kernels", "stats"), "probe.summary"
     ),
@@ -49,12 +51,18 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
-    """What needs NumPy, TensorBoard or torchvision is imported when it is first asked for."""
-    if name in _LATER:
-        value = getattr(importlib.import_module(_LATER[name]), name)
+    """Each name is imported when it is first asked for: ``python -m probe run`` must not import torch before the script
+    does, and what needs NumPy or TensorBoard would make ``import probe`` slow.
+    """
+    if name in _WHERE:
+        value = getattr(importlib.import_module(_WHERE[name]), name)
     elif name in ("cam", "schedule"):
         value = importlib.import_module(f"probe.{name}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -307,12 +307,20 @@ def test_open_notes_that_there_is_no_run_yet(
 # -- the package -------------------------------------------------------------------------------------------------------
 
 
-def test_import_probe_loads_nothing_but_torch_and_itself_in_100_ms() -> None:
+def test_import_probe_loads_nothing_but_itself() -> None:
+    """Not even torch: a script under ``python -m probe run`` may set what torch reads when it is imported."""
+    code = "import probe, sys; print(dir(probe)); print(*{name.split('.')[0] for name in sys.modules})"
+    names, loaded = run_python("-c", code).splitlines()
+    assert all(repr(name) in names for name in probe.__all__)
+    assert set(loaded.split()) & {"torch", "numpy", "tensorboard", "probe"} == {"probe"}
+
+
+def test_importing_probes_loads_nothing_but_torch_and_itself_in_100_ms() -> None:
     """What it loads beyond torch is its own files and the standard library; the time is the best of five."""
     code = (
         "import sys, time, torch\n"
         "before, start = set(sys.modules), time.perf_counter()\n"
-        "import probe\n"
+        "from probe import Kind, Probe\n"
         "print(time.perf_counter() - start, *{name.split('.')[0] for name in set(sys.modules) - before})"
     )
     seconds = []
