@@ -80,7 +80,8 @@ class Probe:
         backward: ``"tensor"`` reads gradients by tensor hooks and by the nodes that consume a module's input, without
             touching the graph; ``"module"`` by torch's own ``register_full_backward_hook``, with its restrictions.
         copy_views: hand on a copy of an output that is a view, so that a later in-place operation cannot drop its
-            gradient hook. Changes aliasing: what is written to the copy no longer reaches the view's base.
+            gradient hook. Needed for views of a module's input, and of modules that are not torch's own. Changes
+            aliasing: what is written to the copy no longer reaches the view's base.
 
     Raises:
         NoSuchLayer: (a KeyError and ValueError) a selector matches nothing; the message has the nearest names.

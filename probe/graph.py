@@ -1,4 +1,4 @@
-"""Reading the autograd graph of one module call: which nodes consume an input's gradient edge. Nothing is changed."""
+"""Reading the autograd graph of one module call: which nodes take its inputs in, and where its outputs come from."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from probe.tree import input_leaves
 
@@ -31,7 +32,7 @@ class Edges:
         self.since = torch._C._autograd._get_sequence_nr()  # nodes made from now on have this number or a higher one
 
     def consumers(
-        self, outputs: list[tuple[str, torch.Tensor]], module: torch.nn.Module
+        self, outputs: list[tuple[str, torch.Tensor]], module: nn.Module
     ) -> tuple[list[Consumers], list[str]]:
         """Which nodes made during the call hand a gradient back to the inputs.
 
@@ -70,6 +71,50 @@ class Edges:
         """Paths of inputs that are views and were written to in place since, so that the graph left their edge."""
         served = {path for paths, _ in consumers for path in paths} | set(passed)
         return [path for tensor, before, path in self.views if path not in served and version(tensor) != before]
+
+
+# What these return can be a view of a tensor that nobody else ever sees: of a product before it got its shape back, of
+# a batch of one.
+_OWN_BASE = frozenset(
+    each.forward
+    for each in (
+        nn.Linear,
+        *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+        *(nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveMaxPool1d, nn.AdaptiveAvgPool1d),
+        *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+        *(nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell),
+        nn.MultiheadAttention,
+    )
+)
+
+
+class Base:
+    """The tensor that an output is a view of, where only the module that made it ever sees it.
+
+    An in-place write to the view drops the view's hooks, and leaves the gradient that comes to the base as it was: the
+    gradient at the view before the write.
+    """
+
+    __slots__ = ("geometry", "position", "size", "strides")  # not its node, which a hook on it must not hold
+
+    def __init__(self, view: torch.Tensor, base: torch.Tensor) -> None:
+        self.geometry = view.shape, view.stride(), view.storage_offset() - base.storage_offset()
+        self.size, self.strides = base.shape, base.stride()
+        self.position = base.output_nr
+
+    @classmethod
+    def of(cls, view: torch.Tensor, module: nn.Module) -> Base | None:
+        """The base of a view that `module` returned; None where it is not known to be the module's own."""
+        base = view._base
+        if type(module).forward not in _OWN_BASE or "forward" in module.__dict__ or base is None:
+            return None
+        return None if base.grad_fn is None or base.numel() != view.numel() else cls(view, base)
+
+    def as_view(self, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A copy of the gradient at the base, and the view of it that is the gradient at the output."""
+        copy = torch.empty_strided(self.size, self.strides, dtype=gradient.dtype, device=gradient.device)
+        copy.copy_(gradient)
+        return copy, copy.as_strided(*self.geometry)
 
 
 def edge(tensor: torch.Tensor) -> tuple[Any, int]:

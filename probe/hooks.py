@@ -20,7 +20,7 @@ from torch import nn
 
 from probe.calls import Call, Pass, PassInfo, StopForward
 from probe.capture import Kind, Layer
-from probe.graph import Edges, edge, version
+from probe.graph import Base, Edges, edge, version
 from probe.tree import input_leaves, inputs, leaves, rebuild, shape, snapshot, storage_of
 
 graph_task: Callable[[], int] = torch._C._current_graph_task_id
@@ -258,7 +258,7 @@ class Tap:
         at_output = self._on_gradient(Kind.GRAD_OUTPUT) if wants_output else None
         at_input = self._on_gradient(Kind.GRAD_INPUT)
         tensor_type, hook_leaf = torch.Tensor, self.session.hook_leaf
-        edited = bool(self.edits.get(Kind.GRAD_OUTPUT))
+        edited, replaced = bool(self.edits.get(Kind.GRAD_OUTPUT)), bool(self.edits.get(Kind.OUTPUT))
 
         def hook(handles: list[Any], call: Call, output: Any, edges: Edges | None) -> None:
             call.shape_out = shape(output)
@@ -279,11 +279,17 @@ class Tap:
                     if tensor.grad_fn is None:  # a leaf of the user's or the model's: leave it as it was, and soon
                         hook_leaf(tensor, Hook(at_output, call, path))
                         continue
-                    handles.append(tensor.register_hook(Hook(at_output, call, path)))
+                    deliver = at_output
+                    if tensor._is_view():
+                        view = _View(at_output, tensor, None if replaced else Base.of(tensor, self.layer.module))
+                        call.views = (*call.views, (path, view.alias, view.before))
+                        deliver = view.at_view
+                        if view.base is not None:
+                            whole: Any = tensor._base
+                            handles.append(whole.grad_fn.register_prehook(Hook(view.at_base, call, path)))
+                    handles.append(tensor.register_hook(Hook(deliver, call, path)))
                     if edited:
                         _run_first(handles[-1])
-                    if tensor._is_view():
-                        call.views = (*call.views, (path, tensor.detach(), version(tensor)))
 
         return hook
 
@@ -450,6 +456,36 @@ def _collect(
     """The hook of the only node that consumes an input: what it hands back is the module's whole share."""
     for path in paths:
         deliver(call, path, grad_inputs[position])
+
+
+class _View:
+    """An output that is a view: an in-place write drops its hook, or leaves it what came from uses before the write."""
+
+    __slots__ = ("alias", "base", "before", "deliver")
+
+    def __init__(self, deliver: Deliver, tensor: torch.Tensor, base: Base | None) -> None:
+        self.deliver = deliver
+        self.alias = tensor.detach()
+        self.before = version(tensor)
+        self.base = base
+
+    def at_view(self, call: Call, path: str, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        if version(self.alias) != self.before:
+            if self.base is not None:
+                return None  # the whole comes to the base
+            call.note(f"grad_output{path} can be a part: the output is a view and was written to in place afterwards")
+        return self.deliver(call, path, gradient)
+
+    def at_base(self, call: Call, path: str, gradients: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        base = self.base
+        if base is None or gradients[base.position] is None or version(self.alias) == self.before:
+            return None
+        whole, gradient = base.as_view(gradients[base.position])
+        edited = self.deliver(call, path, gradient)
+        if edited is None:
+            return None
+        gradient.copy_(edited)
+        return (*gradients[: base.position], whole, *gradients[base.position + 1 :])
 
 
 class _Share:

@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from probe import Kind, Probe, ProbeWarning
+from probe.tree import leaves
 from tests import zoo
 
 GRADS = Kind.GRAD_INPUT | Kind.GRAD_OUTPUT
@@ -398,16 +399,24 @@ def test_lost_gradient_of_an_overwritten_view_is_reported(image: torch.Tensor) -
     assert torch.equal(p["norm"].output, p["relu"].input)
 
 
-VIEWS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "InstanceNorm2d": (lambda: nn.InstanceNorm2d(4), (2, 4, 3, 3)),
-    "Flatten": (lambda: nn.Flatten(), (2, 4, 3)),
-    "Unflatten": (lambda: nn.Unflatten(1, (2, 2)), (2, 4)),
+Builtin = tuple[Callable[[], nn.Module], tuple[int, ...]]
+OWN_VIEWS: dict[str, Builtin] = {
+    "InstanceNorm1d, unbatched": (lambda: nn.InstanceNorm1d(4), (4, 3)),
+    "InstanceNorm2d": (lambda: nn.InstanceNorm2d(4, affine=True), (2, 4, 3, 3)),
     "MaxPool1d": (lambda: nn.MaxPool1d(2), (2, 4, 6)),
     "AvgPool1d": (lambda: nn.AvgPool1d(2), (2, 4, 6)),
-    "unbatched Conv2d": (lambda: nn.Conv2d(4, 4, 1), (4, 3, 3)),
+    "AdaptiveAvgPool1d": (lambda: nn.AdaptiveAvgPool1d(2), (2, 4, 6)),
+    "AdaptiveMaxPool1d": (lambda: nn.AdaptiveMaxPool1d(2), (2, 4, 6)),
+    "Conv2d, unbatched": (lambda: nn.Conv2d(4, 4, 1), (4, 3, 3)),
+    "ConvTranspose2d, unbatched": (lambda: nn.ConvTranspose2d(4, 4, 2), (4, 3, 3)),
 }
-NO_VIEWS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "Linear": (lambda: nn.Linear(4, 4), (2, 4)),  # of three dimensions it is a view up to torch 2.11
+VIEWS_OF_INPUT: dict[str, Builtin] = {
+    "Flatten": (lambda: nn.Flatten(), (2, 4, 3)),
+    "Unflatten": (lambda: nn.Unflatten(1, (2, 2)), (2, 4)),
+}
+NO_VIEWS: dict[str, Builtin] = {
+    "Linear": (lambda: nn.Linear(4, 4), (2, 4)),
+    "Linear, 3-D": (lambda: nn.Linear(4, 4), (2, 3, 4)),  # a view up to torch 2.14
     "Conv2d": (lambda: nn.Conv2d(4, 4, 1), (2, 4, 3, 3)),
     "BatchNorm2d": (lambda: nn.BatchNorm2d(4), (2, 4, 3, 3)),
     "LayerNorm": (lambda: nn.LayerNorm(4), (2, 3, 4)),
@@ -429,10 +438,10 @@ class Scaled(nn.Module):
 
 
 @pytest.mark.parametrize("copies", [False, True], ids=["default", "copy_views"])
-@pytest.mark.parametrize("kind", [*VIEWS, *NO_VIEWS])
+@pytest.mark.parametrize("kind", [*OWN_VIEWS, *VIEWS_OF_INPUT, *NO_VIEWS])
 def test_which_builtin_outputs_are_views(kind: str, copies: bool) -> None:
-    """F2.6 an overwritten view is either reported as lost, or right by copy_views; all others are right by default."""
-    make, shape = {**VIEWS, **NO_VIEWS}[kind]
+    """F2.6 an overwritten view of the input is reported as lost, or right by copy_views; all others are just right."""
+    make, shape = {**OWN_VIEWS, **VIEWS_OF_INPUT, **NO_VIEWS}[kind]
     layer = make()
     model = Scaled(layer, inplace=True)
     x = torch.randn(shape, requires_grad=True)
@@ -444,38 +453,84 @@ def test_which_builtin_outputs_are_views(kind: str, copies: bool) -> None:
         zoo.loss(model(x)).backward()
     assert same(gradients(model), gradients(truth))
     assert torch.equal(p["layer"].output, wanted["layer"].output)
-    if kind in VIEWS and not copies:
+    if kind in VIEWS_OF_INPUT and not copies:
         assert "lost" in reasons(p, "layer")
         with pytest.raises(AttributeError, match="lost"):
             _ = p["layer"].grad_output
     else:
         assert "lost" not in reasons(p, "layer")
         assert torch.equal(p["layer"].grad_output, wanted["layer"].grad_output)
-    if kind in ("Flatten", "Unflatten") and not copies:  # these are views of their input: its gradient is lost as well
+    if kind in VIEWS_OF_INPUT and not copies:  # its gradient is lost as well
         with pytest.raises(AttributeError, match=r"grad_input of 'layer': lost.*copy_views=True"):
             _ = p["layer"].grad_input
     else:
         assert torch.equal(p["layer"].grad_input, wanted["layer"].grad_input)
 
 
-def test_multihead_attention_returns_a_view() -> None:
-    """F2.6 MultiheadAttention(batch_first) too: reported by default, right with copy_views."""
+class Written(nn.Module):
+    """Writes to what the layer returned, which it may have used before; a twin that writes to a copy is the truth."""
 
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+    def __init__(self, layer: nn.Module, inplace: bool, before: bool = False) -> None:
+        super().__init__()
+        self.layer = layer
+        self.inplace = inplace
+        self.before = before
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.attn(x, x, x)[0].relu_()
+    def forward(self, *args: torch.Tensor) -> torch.Tensor:
+        out = leaves(self.layer(*args))[0][1]
+        used = out * 3 if self.before else 0
+        return used + F.relu(out, inplace=self.inplace)
 
-    model, x = Model(), torch.randn(2, 3, 8)
-    with Probe(model) as p:
-        model(x).sum().backward()
-    assert "lost" in reasons(p, "attn")
-    with Probe(model, copy_views=True) as p:
-        model(x).sum().backward()
-    assert torch.equal(p["attn"].grad_output[0], (p["attn"].output[0] > 0).float())
+
+@pytest.mark.parametrize("before", [False, True], ids=["only written", "used before"])
+@pytest.mark.parametrize(
+    ("layer", "shapes"),
+    [
+        (nn.MultiheadAttention(8, 2, batch_first=True), [(2, 3, 8)] * 3),
+        (nn.RNN(8, 4, batch_first=True), [(2, 3, 8)]),
+        (nn.LSTM(8, 4, num_layers=2, bidirectional=True), [(3, 8)]),
+        (nn.GRU(8, 4, batch_first=True), [(2, 3, 8)]),
+        (nn.LSTMCell(8, 4), [(8,)]),
+        (nn.InstanceNorm2d(2), [(2, 2, 3, 3)]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_a_builtin_layer_whose_output_is_an_overwritten_view(
+    layer: nn.Module, shapes: list[tuple[int, ...]], before: bool
+) -> None:
+    """F2.6 the gradient at the base that only the layer itself ever sees is the whole gradient at the view."""
+    args = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    truth, model = (Written(copy.deepcopy(layer), inplace, before) for inplace in (False, True))
+    found = []
+    for each in (truth, model):
+        with Probe(each, "layer", kinds=Kind.OUTPUT | Kind.GRAD_OUTPUT) as p:
+            zoo.loss(each(*args)).backward()
+        assert "lost" not in reasons(p, "layer")
+        found.append(leaves(p["layer"].grad_output)[0][1])
+    assert torch.equal(found[1], found[0])
+    assert same(gradients(model), gradients(truth))
+
+
+def test_an_edit_reaches_the_gradient_at_an_overwritten_view() -> None:
+    """F2.6 what the edit returns flows on, where the hook on the view itself is gone."""
+    layer, x = nn.InstanceNorm2d(2, affine=True), torch.randn(2, 2, 3, 3)
+    found = []
+    for inplace in (False, True):
+        model = Written(copy.deepcopy(layer), inplace)
+        with Probe(model, "layer") as p:
+            p.edit("layer", lambda gradient: gradient * 2, on=Kind.GRAD_OUTPUT)
+            zoo.loss(model(x)).backward()
+        found.append([p["layer"].grad_output, *gradients(model)])
+    assert same(*found)
+
+
+def test_a_part_of_a_gradient_is_called_one(image: torch.Tensor) -> None:
+    """F2.5 a hook on a view that was used before it was overwritten gets the gradient of that use alone."""
+    model = Written(zoo.Gain(), inplace=True, before=True)
+    with Probe(model, "layer") as p:
+        model(image).sum().backward()
+    assert (p["layer"].grad_output == 3).all()  # without that of the ReLU
+    assert "can be a part" in reasons(p, "layer")
 
 
 def test_copy_views_gives_the_gradient_and_changes_aliasing(image: torch.Tensor) -> None:

@@ -245,13 +245,24 @@ class PassThrough(nn.Module):
         return self.drop(self.identity(h)) + 3 * h
 
 
+class Gain(nn.Module):
+    """Returns a view of what it computed; that nobody else ever sees that, only its author can know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * self.gain).view(x.shape)
+
+
 class ViewThenWrite(nn.Module):
-    """InstanceNorm returns a view; the in-place ReLU after it makes torch forget a hook on that view."""
+    """A module returns a view; the in-place ReLU after it makes torch forget a hook on that view."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 1)
-        self.norm = nn.InstanceNorm2d(4, affine=True)
+        self.norm = Gain()
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
