@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from probe import cam, schedule
+    from probe import cam, health, schedule
     from probe.board import Board
     from probe.capture import Capture, Embedding, Histogram, Image, Kind, ParameterKind, Scalar
     from probe.core import Probe, ProbeWarning
@@ -31,6 +31,7 @@ __all__ = [
     "dead_units",
     "embedding",
     "feature_maps",
+    "health",
     "histogram",
     "input_images",
     "kernels",
@@ -56,7 +57,7 @@ def __getattr__(name: str) -> Any:
     """
     if name in _WHERE:
         value = getattr(importlib.import_module(_WHERE[name]), name)
-    elif name in ("cam", "schedule"):
+    elif name in ("cam", "health", "schedule"):
         value = importlib.import_module(f"probe.{name}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

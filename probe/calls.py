@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from probe.capture import Kind, Layer
+from probe.findings import Findings
 from probe.graph import Edges
 
 UNSET: Any = type("Unset", (), {"__repr__": lambda self: "<not captured>", "__bool__": lambda self: False})()
@@ -142,6 +143,12 @@ class Receiver:
 
     def end_step(self, step: int, *, stepped: bool) -> None:
         """A step is over; `stepped`: by an optimizer's step."""
+
+    def findings(self) -> Findings | None:
+        """What it found wrong so far; None if it judges nothing."""
+
+    def close(self) -> None:
+        """Nothing more will come: the probe is detached, or this receiver is."""
 
 
 class StopForward(Exception):

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +15,9 @@ from torch import nn
 from probe import select
 from probe.calls import Receiver, StopForward
 from probe.capture import Kind, Layer, ParameterKind, Summary
+from probe.findings import Findings
 from probe.hooks import Tap
-from probe.observers import Adapter, Store
+from probe.observers import Adapter, Joint, Scene, Store, joint
 from probe.record import (
     OverwrittenRow,
     PassRecords,
@@ -74,7 +75,8 @@ class Probe:
         exclude: selectors of layers to leave out.
         optimizer: one or several; every ``step()`` of the first then advances `steps`, and `schedule` traces all.
         scaler: the ``torch.amp.GradScaler`` that steps them; `schedule` then knows exactly which updates it skipped.
-        observers: functions of a `Capture`, or objects with ``bind(site)``; they run inside the hooks.
+        observers: functions of a `Capture`, objects with ``bind(site)``, and ``health.checks()``; they run inside the
+            hooks.
         keep: how many passes to keep for reading (`passes` has those before the last); by default 1, and 0 for a probe
             with observers.
         backward: ``"tensor"`` reads gradients by tensor hooks and by the nodes that consume a module's input, without
@@ -121,9 +123,10 @@ class Probe:
         self._scaler = scaler
         self._told: dict[int, dict[int, int]] = {}
         self._recorder = _recorder(optimizers, scaler)
-        adapters = [Adapter(each, self._layers, self._kinds) for each in _listed(observers)]
+        observers = _listed(observers)
+        adapters = [Adapter(each, self._layers, self._kinds) for each in observers if not isinstance(each, Joint)]
         self._session = Session(model, backward=backward, copy_views=copy_views)
-        self._store = Store(self._session, self._layers, self._kinds, (0 if adapters else 1) if keep is None else keep)
+        self._store = Store(self._session, self._layers, self._kinds, (0 if observers else 1) if keep is None else keep)
         self._session.receivers = [self._store, *adapters]
         if self._recorder is not None:
             self._session.receivers.append(_Rates(self._recorder))
@@ -132,6 +135,8 @@ class Probe:
         self._stack: contextlib.ExitStack | None = None
         for layer in self._layers:
             self._session.taps[layer] = Tap(layer, self._session)
+        self._joint: list[Receiver] = []
+        self._add_joint(observers, self._scene(self._layers))
 
     # -- attach and detach ---------------------------------------------------------------------------------------------
 
@@ -172,6 +177,7 @@ class Probe:
             finally:
                 for receiver in self._session.receivers:
                     receiver.end_step(self._session.step, stepped=bool(self._optimizers))
+                    receiver.close()
 
     def _tell(self) -> None:
         """Be loud about layers that never fired, where something did."""
@@ -380,31 +386,68 @@ class Probe:
             chosen, owners = self._layers, self._every
         else:
             chosen = owners = select.choose(self._every, [layers])
-        log = Log(
-            writer,
-            _wanted(summaries, kinds, self._asked_kinds, bool(self._optimizers)),
-            every=every,
-            layers=chosen,
-            parameters=Parameters(self._every, owners, self._optimizers),
-            on_error=on_error,
-            recorder=self._recorder,
-            scaler=self._scaler,
-            told=self._told.setdefault(id(writer), {}),
-        )
+        plain = tuple(each for each in summaries if not isinstance(each, Joint))
+        added: list[Receiver] = []
+        if plain:
+            log = Log(
+                writer,
+                _wanted(plain, kinds, self._asked_kinds, bool(self._optimizers)),
+                every=every,
+                layers=chosen,
+                parameters=Parameters(self._every, owners, self._optimizers),
+                on_error=on_error,
+                recorder=self._recorder,
+                scaler=self._scaler,
+                told=self._told.setdefault(id(writer), {}),
+            )
+            self._session.receivers.append(log)
+            added.append(log)
         for layer in chosen:
             self._tap(layer)
         if self._asked_keep is None:
             self._store.keep = self._reading.keep = 0
-        self._session.receivers.append(log)
+        added += self._add_joint(summaries, self._scene(chosen, every_n=every, writer=writer))
         self._rebind()
         receivers, rebind = self._session.receivers, self._rebind
 
         def undo() -> None:
-            log.end_step(self._session.step, stepped=True)
-            receivers.remove(log)
+            for receiver in added:
+                receiver.end_step(self._session.step, stepped=True)
+                receiver.close()
+                receivers.remove(receiver)
             rebind()
 
         return Edit(undo)
+
+    def _scene(self, layers: list[Layer], **options: Any) -> Scene:
+        return Scene(self._every, layers, self._kinds, self._optimizers, self._scaler, **options)
+
+    def _add_joint(self, observers: Iterable[Any], scene: Scene) -> list[Receiver]:
+        """Give the observers that work together their receivers, and the root for these to hook."""
+        added = joint(observers, scene)
+        if added:
+            self._tap(self._every[0])
+        self._session.receivers += added
+        self._joint += added
+        return added
+
+    @property
+    def findings(self) -> Findings:
+        """What the health checks found, the worst first; printed it is a report. Waits for the device.
+
+        Steps that have ended are examined, and after the block all.
+
+        Raises:
+            AttributeError: no checks are attached.
+        """
+        found = [each for receiver in self._joint if (each := receiver.findings()) is not None]
+        if not found:
+            raise AttributeError(
+                "there are no findings, as nothing is checked: from probe import health, then "
+                "Probe(model, observers=health.checks()) or p.log(board, *health.checks())"
+            )
+        first = {(each.layer, each.check): each for part in reversed(found) for each in reversed(part)}
+        return Findings(first.values(), max(part.steps for part in found))
 
     @property
     def schedule(self) -> schedule.Trace:
@@ -560,7 +603,7 @@ def _check_log(writer: Any, summaries: tuple[Any, ...], every: Any, on_error: st
     if not summaries:
         raise TypeError("log needs at least one summary: p.log(board, stats, histogram)")
     for summary in summaries:
-        if not callable(summary):
+        if not callable(summary) and not isinstance(summary, Joint):
             raise TypeError(f"{summary!r} is no summary: give functions from a Capture to things to show")
     if not isinstance(every, int) or every < 1:
         raise ValueError(f"every={every!r}: give a whole number of at least 1")

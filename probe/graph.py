@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -132,3 +134,24 @@ def version(tensor: torch.Tensor) -> int:
         return tensor._version
     except RuntimeError:
         return -1
+
+
+def backward_of(thread: int) -> list[torch.Tensor]:
+    """The tensors that the running backward pass was called on, detached; none where that cannot be seen.
+
+    Autograd tells a hook nothing of what the user called ``backward()`` on, and a loss is often no module's output. It
+    is a local variable of ``torch.autograd.backward``, which waits on the stack of this thread or, where a device's
+    thread runs the hooks, of the one that called it.
+
+    Arguments:
+        thread: the identifier of the thread whose forward it was.
+    """
+    for frame in (sys._getframe(), sys._current_frames().get(thread)):
+        each: FrameType | None = frame
+        while each is not None:
+            if each.f_code is torch.autograd.backward.__code__:
+                given = each.f_locals.get("tensors", ())
+                tensors = (given,) if isinstance(given, torch.Tensor) else given
+                return [tensor.detach() for tensor in tensors if isinstance(tensor, torch.Tensor)]
+            each = each.f_back
+    return []

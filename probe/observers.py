@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -50,6 +50,51 @@ class Observer(Protocol):
     def bind(self, site: Site) -> Callable[[torch.Tensor], Any] | None:
         """Called once a site. The function it returns gets each tensor there, detached and live: whoever keeps the
         tensor takes a copy, because an in-place operation may follow. None: this site is of no interest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What a probe knows, for observers that need more than tensors.
+
+    Arguments:
+        every: every layer of the model, the root first.
+        layers: the ones to observe.
+        kinds: what may be hooked.
+        optimizers: those that the probe was given.
+        scaler: the GradScaler that steps them.
+        every_n: steps with ``step % every_n == 0`` are to be observed.
+        writer: the `Board` or ``SummaryWriter`` to write to, under ``p.log``.
+    """
+
+    every: Sequence[Layer]
+    layers: Sequence[Layer]
+    kinds: Kind
+    optimizers: Sequence[torch.optim.Optimizer] = ()
+    scaler: Any = None
+    every_n: int = 1
+    writer: Any = None
+
+
+@runtime_checkable
+class Joint(Protocol):
+    """Observers, and summaries of ``p.log``, that also want steps and optimizers.
+
+    All of one class that are given together share one `Receiver`, so that they can share what they measure. It may ask
+    for the root besides the chosen layers.
+    """
+
+    @classmethod
+    def receiver(cls, members: Sequence[Any], scene: Scene) -> Receiver:
+        """The receiver of these members of the class."""
+
+
+def joint(observers: Iterable[Any], scene: Scene) -> list[Receiver]:
+    """A receiver for each class of `Joint` among the observers."""
+    groups: dict[type, list[Any]] = {}
+    for each in observers:
+        if isinstance(each, Joint):
+            groups.setdefault(type(each), []).append(each)
+    return [kind.receiver(members, scene) for kind, members in groups.items()]  # type: ignore[attr-defined]
 
 
 class Adapter(Receiver):
