@@ -51,7 +51,10 @@ def scalar(tag: str, value: Any) -> Values:
     """
     if isinstance(value, int | float):
         return [Summary.Value(tag=tag, simple_value=value)]
-    x = tensor(value)
+    try:
+        x = tensor(value)
+    except TypeError:
+        raise TypeError(f"a scalar is one number: {tag!r} was given {value!r:.80} ({type(value).__name__})") from None
     if x is None:
         return []
     if x.numel() != 1:

@@ -89,6 +89,7 @@ class Board(SummaryWriter):
         self._writer = Writer(where or "runs", max_queue, flush_secs, max_jobs)
         self._runs: dict[str, _Run] = {}
         self._purge_from = purge_step
+        self._before_close: list[Callable[[], None]] = []
         try:
             self._writer.where = where = where or _new_folder(comment)
             self._root = where if "://" in where else os.path.abspath(where)  # the program may change directory later
@@ -116,7 +117,21 @@ class Board(SummaryWriter):
         Raises:
             Exception: what a submitted callable raised.
         """
-        self._writer.close()
+        try:
+            while self._before_close:
+                self._before_close.pop(0)()
+        finally:
+            self._writer.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed; nothing can be added then."""
+        return self._writer.closed
+
+    def before_close(self, function: Callable[[], None]) -> None:
+        """Have `function` called when the board closes, to write what was gathered for it until then."""
+        self._writer.check_open()
+        self._before_close.append(function)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -129,7 +144,7 @@ class Board(SummaryWriter):
             error.add_note(f"And while logging to {self.log_dir}: {failure!r}")
 
     def __repr__(self) -> str:
-        return f"Board({self.log_dir!r}{', closed' if self._writer.closed else ''})"
+        return f"Board({self.log_dir!r}{', closed' if self.closed else ''})"
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +117,8 @@ class Probe:
         self._layers = _hookable(chosen)
         self._by_name = {name: layer for layer in self._layers for name in layer.names}
         self._known = {name for layer in self._every for name in layer.names}
+        named = [each for each in select.flatten(layers) if isinstance(each, (str, nn.Module))]
+        self._asked = {each if isinstance(each, str) else id(each) for each in named}
         self._asked_kinds = kinds
         self._kinds = Kind.all() if kinds is None else kinds
         self._asked_keep = keep
@@ -156,7 +159,12 @@ class Probe:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
-        self._close()
+        try:
+            self._close()
+        except Exception as failure:
+            if error is None:
+                raise
+            error.add_note(f"And while the probe was left: {failure!r}")
         if isinstance(error, StopForward) and error.session is self._session:
             return True
         if error is None:
@@ -184,6 +192,7 @@ class Probe:
         session = self._session
         taps = [session.taps[layer] for layer in self._layers]
         silent = [tap.layer for tap in taps if tap.tried and not tap.fired]
+        silent = [layer for layer in silent if not _only_holds(layer) or self._asked & {*layer.names, id(layer.module)}]
         if silent and not any(tap.stop for tap in session.taps.values()):
             shown = ", ".join(repr(layer.name) for layer in silent[:5]) + (" ..." if len(silent) > 5 else "")
             text = f"{len(silent)} of {len(self._layers)} probed layers were never called: {shown}. The first: "
@@ -248,6 +257,8 @@ class Probe:
         empty = "nothing was overwritten after it was captured"
         if not self._store.keep:
             empty = "not known: this probe keeps no values; create it with Probe(..., keep=1)"
+        elif not self._session.passes:
+            empty = f"not known: {self._why_never(self._every[0])}"
         elif Kind.OUTPUT not in self._kinds:
             empty = "not known: outputs were not captured; add Kind.OUTPUT to kinds="
         return Table(rows.values(), ("layer", "overwritten by", "share"), empty)
@@ -256,7 +267,7 @@ class Probe:
         """What was not captured, and why: ``(name, reason)`` rows, which print as a table."""
         rows = [Row(layer.name, "a ScriptModule: torch puts no hooks on it") for layer in self._scripted]
         calls = {layer: self._store.calls(layer) for layer in self._layers}
-        if not self._session.passes:
+        if not self._session.passes and self._layers:
             rows.append(Row("", self._why_never(self._every[0])))
         blind = why_no_gradients([call for each in calls.values() for call in each], self._kinds)
         if blind:
@@ -407,6 +418,9 @@ class Probe:
         if self._asked_keep is None:
             self._store.keep = self._reading.keep = 0
         added += self._add_joint(summaries, self._scene(chosen, every_n=every, writer=writer))
+        if hasattr(writer, "before_close"):
+            for each in added:
+                writer.before_close(functools.partial(_last_call, weakref.ref(self._session), weakref.ref(each)))
         self._rebind()
         receivers, rebind = self._session.receivers, self._rebind
 
@@ -490,10 +504,12 @@ class Probe:
         return layer_table((layer, self._store.calls(layer), taps[layer].fired) for layer in self._layers)
 
     def __str__(self) -> str:
-        return str(self.summary())
+        return str(self.summary() if self._layers else self.schedule)
 
     def __repr__(self) -> str:
         state = "attached" if self._stack is not None else "not attached"
+        if not self._layers:
+            return f"<Probe of {', '.join(type(each).__name__ for each in self._optimizers)}: schedule, {state}>"
         return f"<Probe of {type(self._session.model).__name__}: {len(self)} layers, {self._kinds.label}, {state}>"
 
     def _repr_html_(self) -> str:
@@ -568,6 +584,11 @@ def _hookable(layers: list[Layer]) -> list[Layer]:
     return found
 
 
+def _only_holds(layer: Layer) -> bool:
+    """Whether the layer is a container that has no forward of its own (ModuleList, ModuleDict)."""
+    return type(layer.module).forward is nn.Module.forward
+
+
 def _why_never(session: Session, every: list[Layer], layer: Layer) -> str:
     """Why a layer has no call to show, as far as can be known."""
     module = layer.module
@@ -583,7 +604,7 @@ def _why_never(session: Session, every: list[Layer], layer: Layer) -> str:
         return "it was replaced by another module while the probe was attached; enter a new Probe afterwards"
     if type(module).__call__ is not nn.Module.__call__:
         return f"never called through hooks: {type(module).__name__} overrides __call__"
-    if type(module).forward is nn.Module.forward:
+    if _only_holds(layer):
         return f"never called: {type(module).__name__} only holds other modules"
     for parent in every:
         if isinstance(parent.module, select.WORKS_INSIDE) and any(m is module for m in parent.module.children()):
@@ -591,6 +612,8 @@ def _why_never(session: Session, every: list[Layer], layer: Layer) -> str:
             return f"never called: its parent {parent.name!r} ({kind}) uses its weights without calling it"
     if any(each.stop for each in session.taps.values()):
         return "never called: stop_after ended the forward before it"
+    if not session.whole_passes:
+        return "never called: an exception ended the forward before it"
     return (
         "never called: the model skips it, calls its .forward directly, uses its weights in a function, "
         "or took a fused path around it"
@@ -628,6 +651,14 @@ def _wanted(
         for kind in own & asked if asked and declared is not None else asked or own:
             wanted.setdefault(kind, []).append(summary)
     return wanted
+
+
+def _last_call(session: weakref.ref[Session], log: weakref.ref[Receiver]) -> None:
+    """The writer closes before the probe is left: what is open is sent off now."""
+    live, receiver = session(), log()
+    if live is not None and receiver in live.receivers and not live.closed:
+        receiver.end_step(live.step, stepped=bool(live.optimizers))
+        receiver.close()
 
 
 def _checked(function: Callable[[Any], Any], layer: Layer, kind: Kind) -> Callable[[Any], Any]:

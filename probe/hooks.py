@@ -538,7 +538,19 @@ def _without_views(value: Any) -> Any:
     views = {id(tensor) for _, tensor in leaves(value) if tensor.requires_grad and tensor._is_view()}
     if not views:
         return value
-    return rebuild(value, lambda _, tensor: tensor.clone() if id(tensor) in views else tensor, opaque=_same)
+    return rebuild(value, lambda _, tensor: _copied(tensor) if id(tensor) in views else tensor, opaque=_same)
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that is no view, also of a subclass, whose operations hand out views of plain tensors."""
+    if type(tensor) is torch.Tensor:
+        return tensor.clone()
+    with torch._C.DisableTorchFunctionSubclass():
+        copy = tensor.clone()
+    if type(copy) is not type(tensor):
+        copy.__class__ = type(tensor)
+        copy.__dict__.update(tensor.__dict__)
+    return copy
 
 
 def _module_paths(gradients: Any) -> list[tuple[str, torch.Tensor | None]]:

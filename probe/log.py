@@ -361,7 +361,8 @@ class Log(Receiver):
 
         Parameters are shown here where no optimizer has `stepped`.
         """
-        if not stepped and self.active(step) and self._wanted.get(ParameterKind.VALUE):
+        closed = getattr(self.writer, "closed", False)  # it then was told what there was: see `Board.before_close`
+        if not stepped and not closed and self.active(step) and self._wanted.get(ParameterKind.VALUE):
             with quiet():
                 found = self._parameters.found.items()
                 self._show(self._capture(key, ParameterKind.VALUE, p.detach(), step) for key, (_, p, _, _) in found)

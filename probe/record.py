@@ -319,6 +319,9 @@ class PassRecords:
     def __iter__(self) -> Iterator[str]:
         return (layer.name for layer in list(self._pass.calls))
 
+    def __repr__(self) -> str:
+        return f"<pass at step {self._pass.info.step}: {', '.join(name or repr(name) for name in self)}>"
+
 
 class Row(NamedTuple):
     """One row of `Report`."""

@@ -122,10 +122,10 @@ def choose(every: list[Layer], selectors: Iterable[Any], exclude: Any = ()) -> l
         TypeError: a selector of no known form.
     """
     given = list(selectors)
-    flat = list(_flatten(given))
+    flat = list(flatten(given))
     if given and not flat:
         raise NoSuchLayer(f"{given[0]!r} selects no layer: it is empty; leave it out to probe every leaf module")
-    dropped = {id(layer) for selector in _flatten(exclude) for layer in match(every, selector)}
+    dropped = {id(layer) for selector in flatten(exclude) for layer in match(every, selector)}
     if flat:
         wanted = {id(layer) for selector in flat for layer in match(every, selector)}
         chosen = [layer for layer in every if id(layer) in wanted and id(layer) not in dropped]
@@ -156,7 +156,11 @@ def match(every: list[Layer], selector: Any) -> list[Layer]:
     elif isinstance(selector, type):
         found = [layer for layer in every if isinstance(layer.module, selector)]
     elif callable(selector):
-        found = [layer for layer in every if any(selector(name, layer.module) for name in layer.names)]
+        try:
+            found = [layer for layer in every if any(selector(name, layer.module) for name in layer.names)]
+        except Exception as error:
+            error.add_note(f"raised by the selector {selector!r}, which is called as selector(name, module)")
+            raise
     else:
         raise TypeError(
             f"{selector!r} cannot select layers: give a name, a glob, a compiled re.Pattern, a module type, a module, "
@@ -167,10 +171,11 @@ def match(every: list[Layer], selector: Any) -> list[Layer]:
     return found
 
 
-def _flatten(selectors: Any) -> Iterator[Any]:
+def flatten(selectors: Any) -> Iterator[Any]:
+    """The single selectors in nested lists, tuples and sets of them."""
     if isinstance(selectors, (list, tuple, set, frozenset)):
         for selector in selectors:
-            yield from _flatten(selector)
+            yield from flatten(selector)
     else:
         yield selectors
 

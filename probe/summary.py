@@ -179,5 +179,7 @@ def embedding(max_points: int = 500, labels: Callable[[], Sequence[Any]] | None 
 
 def _positive(**values: int) -> None:
     for name, value in values.items():
+        if isinstance(value, Capture):
+            raise TypeError("this function makes a summary: write p.log(board, feature_maps()), with the brackets")
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}: give a whole number of at least 1")

@@ -82,7 +82,7 @@ def _row(layer: Layer, calls: list[Call]) -> LayerRow:
         dtype = str(value.dtype).removeprefix("torch.")
         shape = () if value.is_nested else tuple(value.shape)
         row = LayerRow(layer.name, kind, shape, dtype, drawn.mean, drawn.std, zeros, nonfinite, norm, len(calls), "")
-    return row._replace(mark=_mark(row))
+    return row._replace(mark=f"({call.raised})" if call is not None and call.raised else _mark(row))
 
 
 def _gradient_norm(call: Call | None) -> float | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import enum
 import sys
 import types
-from collections.abc import Callable, Container, Mapping, MutableMapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
@@ -37,8 +38,9 @@ def rebuild(value: Any, visit: Visit, *, opaque: Callable[[Any], Any] | None = N
     """The same structure with every tensor replaced by ``visit(path, tensor)``.
 
     Walks tuples, named tuples (`PackedSequence` too), lists, mappings (Hugging Face's ``ModelOutput`` too), dataclasses
-    and ``SimpleNamespace``. Numbers, strings and None stay; any other object becomes `Opaque`, and so does a container
-    that contains itself; ``opaque=`` says what else to put there. Paths read like Python: ``""``, ``"[0]"``,
+    and ``SimpleNamespace``; a mapping that is no kind of ``dict`` becomes one. Numbers, strings and None stay; any
+    other object becomes `Opaque`, and so does a container that contains itself, and what a container's class keeps in
+    attributes beside its content; ``opaque=`` says what else to put there. Paths read like Python: ``""``, ``"[0]"``,
     ``".logits"``, ``"[0].hidden"``.
     """
     if isinstance(value, torch.Tensor):
@@ -103,8 +105,7 @@ def _rebuild(value: Any, visit: Visit, opaque: Callable[[Any], Any], path: str, 
     if isinstance(value, tuple):
         return _tuple(value, visit, opaque, path, above)
     if isinstance(value, list):
-        items = [_rebuild(item, visit, opaque, f"{path}[{i}]", above) for i, item in enumerate(value)]
-        return items if type(value) is list else _filled(value, items)
+        return _list(value, visit, opaque, path, above)
     if isinstance(value, Mapping):
         return _mapping(value, visit, opaque, path, above)
     if isinstance(value, types.SimpleNamespace):
@@ -119,23 +120,19 @@ def _rebuild(value: Any, visit: Visit, opaque: Callable[[Any], Any], path: str, 
 def _dataclass(value: Any, visit: Visit, opaque: Callable[[Any], Any], path: str, above: tuple[int, ...]) -> Any:
     names = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
     items = {name: _rebuild(getattr(value, name), visit, opaque, f"{path}.{name}", above) for name in names}
-    try:
-        new = copy.copy(value)
+
+    def put(new: Any) -> None:
         for name, item in items.items():
             object.__setattr__(new, name, item)  # a frozen dataclass refuses setattr
-    except Exception:  # whatever a foreign class raises on being copied: its fields in a namespace are still right
-        return types.SimpleNamespace(**items)
-    return new
+
+    return _of_its_class(value, items, put, types.SimpleNamespace(**items), opaque)
 
 
-def _filled(value: list[Any], items: list[Any]) -> list[Any]:
-    """A copy of a list of a subclass with other items, or a plain list where it cannot be copied."""
-    try:
-        new = copy.copy(value)
-        new[:] = items
-    except Exception:  # whatever a foreign class raises on being copied
+def _list(value: list[Any], visit: Visit, opaque: Callable[[Any], Any], path: str, above: tuple[int, ...]) -> Any:
+    items = [_rebuild(item, visit, opaque, f"{path}[{i}]", above) for i, item in enumerate(value)]
+    if type(value) is list:
         return items
-    return new
+    return _of_its_class(value, {}, lambda new: new.__setitem__(slice(None), items), items, opaque)
 
 
 def _tuple(
@@ -157,14 +154,39 @@ def _mapping(
         key: _rebuild(item, visit, opaque, f"{path}.{key}" if isinstance(key, str) else f"{path}[{key!r}]", above)
         for key, item in value.items()
     }
-    if type(value) is dict or not isinstance(value, MutableMapping):
+    if type(value) is dict:
         return items
-    try:
-        new = copy.copy(value)
+    if not isinstance(value, (dict, collections.UserDict)):  # a copy might share the content with the original
+        return items if opaque is _unseen else opaque(value)
+
+    def put(new: Any) -> None:
         for key, item in items.items():
             new[key] = item
-    except Exception:  # whatever a foreign mapping raises on being copied: its content in a plain dict is still right
-        return items
+
+    return _of_its_class(value, items, put, items, opaque)
+
+
+def _of_its_class(
+    value: Any, items: Mapping[Any, Any], put: Callable[[Any], None], plain: Any, opaque: Callable[[Any], Any]
+) -> Any:
+    """A copy of a container of a foreign class with other content, or a `plain` one where it cannot be copied.
+
+    Attributes of the same name follow the content. Any other (a cached property, say) might hold a live graph: what is
+    in it becomes `opaque`. Where `opaque` says to keep what cannot be rebuilt, that holds for the container too.
+    """
+    try:
+        new = copy.copy(value)
+        if new is value:
+            raise TypeError("it is its own copy")
+        put(new)
+        attributes = getattr(new, "__dict__", {})
+        for key, old in list(attributes.items()):
+            if key in items:
+                attributes[key] = items[key]
+            elif key != "data" or not isinstance(value, collections.UserDict):
+                attributes[key] = _rebuild(old, lambda _, tensor: opaque(tensor), opaque, "", ())
+    except Exception:  # whatever a foreign class raises on being copied
+        return plain if opaque is _unseen else opaque(value)
     return new
 
 

@@ -229,7 +229,7 @@ def test_bfloat16_scalars_keep_their_scale(tmp_path, board):
         (torch.tensor(1j), TypeError, r"\.abs\(\)"),
         (1j, TypeError, r"\.abs\(\)"),
         (None, TypeError, "NoneType"),
-        ("0.5", TypeError, "not str"),
+        ("0.5", TypeError, r"'x' was given '0.5' \(str\)"),
     ],
 )
 def test_what_is_no_scalar_is_refused_and_nothing_is_written(tmp_path, board, value, error, words):

@@ -561,6 +561,24 @@ def test_copy_views_gives_the_gradient_and_changes_aliasing(image: torch.Tensor)
     assert sums == [0.0, 4.0]
 
 
+def test_copy_views_of_a_tensor_subclass() -> None:
+    """F2.7 every operation on a subclass returns a view of a plain tensor; the copy is none, and of the subclass."""
+
+    class Named(torch.Tensor):
+        pass
+
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True))
+    x = torch.randn(2, 3).as_subclass(Named)
+    with Probe(model) as p:
+        model(x).sum().backward()
+    assert "copy_views=True" in reasons(p, "0")
+    with Probe(model, copy_views=True) as p:
+        out = model(x)
+        out.sum().backward()
+    assert type(out) is type(p["0"].output) is Named
+    assert torch.equal(p["0"].grad_output, (p["0"].output > 0).float())
+
+
 def test_gradients_equal_those_at_gradient_edges(image: torch.Tensor) -> None:
     """F2.8 ``autograd.grad`` at the edges noted in a forward hook is a second road to the same values."""
     model = zoo.ConvNet()

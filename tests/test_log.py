@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -405,6 +406,7 @@ def test_a_probe_that_logs_keeps_nothing(tmp_path: Path, model: nn.Module) -> No
         (lambda p, b: p.log(b, stats, on_error="ignore"), ValueError, "on_error"),
         (lambda p, b: p.log(b, stats, kinds="output"), TypeError, "kinds="),
         (lambda p, b: p.log(b, stats, layers="nope"), probe.NoSuchLayer, "nope"),
+        (lambda p, b: p.log(b, stats, layers=[]), probe.NoSuchLayer, "it is empty"),
     ],
 )
 def test_bad_arguments(
@@ -418,6 +420,46 @@ def test_bad_arguments(
         with p:
             model(torch.randn(2, 4))
         assert p["0"].output is not None
+
+
+@pytest.mark.parametrize("with_optimizer", [False, True])
+def test_a_board_that_closes_before_the_probe_is_left(
+    with_optimizer: bool, tmp_path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """What is open is written by then, once; whichever of the two blocks is the outer one."""
+    for outer in ("probe", "board"):
+        folder = tmp_path / outer
+        with ExitStack() as stack:
+            board = stack.enter_context(Board(str(folder))) if outer == "board" else None
+            p = stack.enter_context(Probe(model, optimizer=optimizer if with_optimizer else None))
+            board = board or stack.enter_context(Board(str(folder)))
+            p.log(board, stats, kinds=[Kind.OUTPUT, ParameterKind.VALUE])
+            train(model, optimizer, [torch.randn(2, 4)])
+            with p.tag("valid"), torch.no_grad():
+                model(torch.randn(2, 4))
+        step = int(with_optimizer)
+        assert [event.step for event in read(folder / "valid").Scalars("2/output/mean")] == [step]
+        assert [event.step for event in read(folder).Scalars("2.weight/value/mean")] == [0]
+        assert board.closed
+
+
+def test_an_error_on_leaving_does_not_hide_the_users(tmp_path: Path, model: nn.Module) -> None:
+    """It is a note on the one that ends the block; by itself it is raised. Nothing stays hooked either way."""
+
+    def late(c: Capture) -> Iterator[Any]:
+        if c.kind is ParameterKind.VALUE:
+            raise ZeroDivisionError
+        yield Scalar("one", 1.0)
+
+    with Board(str(tmp_path)) as board:
+        p = Probe(model)
+        p.log(board, late, kinds=[Kind.OUTPUT, ParameterKind.VALUE])
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught, p:
+            model(torch.randn(2, 5))
+        assert "ZeroDivisionError" in caught.value.__notes__[0]
+        with pytest.raises(ZeroDivisionError), p:
+            model(torch.randn(2, 4))
+    assert not hooked(model)
 
 
 def test_no_hook_waits_for_a_device(tmp_path: Path) -> None:
@@ -441,6 +483,7 @@ def test_a_probe_on_an_optimizer(optimizer: torch.optim.Optimizer, model: nn.Mod
     """It traces the schedule, and nothing else."""
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     with Probe(optimizer) as p:
+        assert repr(p) == "<Probe of SGD: schedule, attached>"
         for _ in range(3):
             model(torch.randn(2, 4)).sum().backward()
             optimizer.step()
@@ -448,6 +491,8 @@ def test_a_probe_on_an_optimizer(optimizer: torch.optim.Optimizer, model: nn.Mod
     np.testing.assert_allclose(p.schedule.lr[:, 0], [0.1, 0.05, 0.025])
     assert p.steps == 3
     assert list(p) == []
+    assert p.report() == []
+    assert str(p) == str(p.schedule)
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
     with pytest.raises(AttributeError, match="optimizer=optimizer"):

@@ -374,6 +374,7 @@ def test_nothing_was_called() -> None:
     ((name, reason),) = p.report()
     assert name == ""
     assert "was not called while the probe was attached" in reason
+    assert str(p.overwritten) == f"not known: {reason}"
     assert "not called" in repr(p[""])
 
 
@@ -394,6 +395,31 @@ def test_a_layer_that_was_never_called() -> None:
         model(torch.ones(1, 2))
     with Probe(model), pytest.raises(TypeError, match="unsupported operand"):
         model(torch.ones(1, 2))
+
+
+def test_containers_that_compute_nothing_are_no_news() -> None:
+    """A ModuleList that a glob matched is in the report, not in the warning at exit; one that was named is told."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.unused = nn.ModuleList([nn.Identity()])
+    model.forward = lambda x: model.unused[0](model[0](x))
+    with Probe(model, "*", exclude="") as p:
+        model(torch.ones(1, 2)).sum().backward()
+    assert dict(map(tuple, p.report()))["unused"] == "never called: ModuleList only holds other modules"
+    with (
+        pytest.warns(ProbeWarning, match="1 of 2 probed layers were never called: 'unused'"),
+        Probe(model, "unused", "0"),
+    ):
+        model(torch.ones(1, 2))
+
+
+def test_layers_behind_an_exception() -> None:
+    """Are not said to be skipped by the model; the table says where the forward ended."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Bilinear(2, 2, 2), nn.Tanh())
+    with pytest.raises(TypeError, match="missing"), Probe(model) as p:
+        model(torch.ones(1, 2))
+    assert "an exception ended the forward before it" in absent(p, "2", "output")
+    assert dict(map(tuple, p.report()))["2"] == "never called: an exception ended the forward before it"
+    assert [row.mark for row in p.summary()] == ["", "(its forward raised an exception)", "! not called"]
 
 
 def test_a_pass_that_is_no_longer_kept() -> None:
@@ -810,6 +836,7 @@ def test_kept_passes_are_read_like_the_probe() -> None:
     assert len(p.passes) == 2
     assert [torch.equal(each["0"].input, x) for each, x in zip(p.passes, inputs[1:], strict=True)] == [True, True]
     assert list(p.passes[0]) == ["0", "1"]
+    assert repr(p.passes[0]) == "<pass at step 0: 0, 1>"
     with pytest.raises(NoSuchLayer, match="nope"):
         _ = p.passes[0]["nope"]
 

@@ -164,8 +164,11 @@ def test_one_bad_selector_among_good_ones_is_an_error() -> None:
 
 def test_predicates_errors_are_the_users_own() -> None:
     """What a predicate raises comes through."""
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError) as caught:
         names(Net(), lambda name, module: 1 / 0)
+    assert "called as selector(name, module)" in caught.value.__notes__[0]
+    with pytest.raises(TypeError, match="positional argument"):
+        names(Net(), lambda name: True)
 
 
 @pytest.mark.parametrize("model", [None, 3, "model", nn.Linear, torch.ones(1), lambda x: x])

@@ -104,6 +104,13 @@ def test_bad_options_are_refused(factory: Any) -> None:
         factory(0)
 
 
+@pytest.mark.parametrize("factory", [probe.feature_maps, probe.input_images, probe.embedding])
+def test_a_factory_is_no_summary(factory: Any) -> None:
+    """Who forgets the brackets is told."""
+    with pytest.raises(TypeError, match="with the brackets"):
+        factory(capture(torch.rand(1, 2, 3, 3)))
+
+
 def test_statistics_read_as_numbers() -> None:
     """`Statistic` waits only when it is read."""
     drawn = sketch.of(torch.tensor([3.0, 4.0]))

@@ -6,7 +6,7 @@ import collections
 import gc
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -163,6 +163,72 @@ def test_fields_that_are_not_set() -> None:
         cache: Any = field(init=False)
 
     assert [path for path, _ in leaves(Late(ONE))] == [".a"]
+
+
+class Store(MutableMapping[str, Any]):
+    """A mapping that is no dict; a shallow copy of it shares its content."""
+
+    def __init__(self, **content: Any) -> None:
+        self.content = content
+
+    def __getitem__(self, key: str) -> Any:
+        return self.content[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.content[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.content[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.content)
+
+    def __len__(self) -> int:
+        return len(self.content)
+
+
+class Sole(dict[str, Any]):
+    """Its own copy."""
+
+    def __copy__(self) -> Sole:
+        return self
+
+
+@pytest.mark.parametrize("kind", [Store, Sole, collections.UserDict])
+def test_the_users_container_is_never_written_to(kind: type[Any]) -> None:
+    """What it holds stays; where no copy of its class can be had, records show a dict, and what flows on is itself."""
+    value = kind(a=ONE)
+    made = rebuild(value, lambda path, tensor: path)
+    assert made == {"a": ".a"}
+    assert value["a"] is ONE
+    flows = rebuild(value, lambda path, tensor: tensor * 2, opaque=lambda each: each)
+    assert type(flows) is kind
+    assert value["a"] is ONE
+    assert (flows is value) == (kind is not collections.UserDict)
+
+
+def test_what_a_container_keeps_beside_its_content() -> None:
+    """Might hold a live graph: records have a stand-in, what flows on has the thing itself, and it is no leaf."""
+
+    class Extended(dict[str, Any]):
+        pass
+
+    class Listed(list[Any]):
+        pass
+
+    @dataclass
+    class Derived:
+        a: Any
+
+    live = ONE.clone().requires_grad_().exp()
+    for value in (Extended(a=ONE), Listed([ONE]), Derived(ONE)):
+        value.cache, value.scale = {"k": [live]}, 2.0  # type: ignore[union-attr]
+        assert len(leaves(value)) == 1
+        made = rebuild(value, lambda path, tensor: tensor.detach())
+        assert isinstance(made.cache["k"][0], Opaque)
+        assert made.scale == 2.0
+        assert rebuild(value, lambda path, tensor: tensor, opaque=lambda each: each).cache["k"][0] is live
+        assert value.cache["k"][0] is live  # type: ignore[union-attr]
 
 
 def test_what_is_not_looked_into() -> None:
