@@ -567,8 +567,8 @@ def test_copy_views_of_a_tensor_subclass() -> None:
     class Named(torch.Tensor):
         pass
 
-    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True))
-    x = torch.randn(2, 3).as_subclass(Named)
+    model = nn.Sequential(zoo.Swish(), nn.ReLU(inplace=True))
+    x = torch.randn(2, 3, requires_grad=True).as_subclass(Named)
     with Probe(model) as p:
         model(x).sum().backward()
     assert "copy_views=True" in reasons(p, "0")
