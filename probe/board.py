@@ -27,6 +27,7 @@ except ImportError as error:
 from probe import _values
 from probe._events import Writer
 from probe.image import to_uint8
+from probe.ranks import rank
 
 Work = Iterable[Shown] | Callable[[], Iterable[Shown] | None]
 """Things to show, or a function that makes them when the background thread calls it."""
@@ -50,6 +51,9 @@ class Board(SummaryWriter):
     process then: kill -9, SIGTERM or ``os._exit`` lose no more than that. `close`, ``with``, the end of the program (by
     an exception too) and the death of the last reference lose nothing. A forked child writes at once, to a file of its
     own. An `add_*` after `close` is a RuntimeError.
+
+    **Several ranks.** Every rank of ``torch.distributed`` may open the same folder. On ranks other than the first the
+    file is made when something is written, because TensorBoard reads on in the newest file of a folder.
 
     **The disk is not the program's problem.** A full disk or lost permission is one RuntimeWarning; events are kept and
     tried again. A deleted folder is one RuntimeWarning and a new file. Only a folder that can't be written to from the
@@ -94,7 +98,9 @@ class Board(SummaryWriter):
             self._writer.where = where = where or _new_folder(comment)
             self._root = where if "://" in where else os.path.abspath(where)  # the program may change directory later
             self._suffix = filename_suffix
+            self._waits = rank() > 0
             super().__init__(where, comment, purge_step, max_queue, flush_secs, filename_suffix)
+            self._waits = False
         except OSError as error:
             place = where or os.path.abspath("runs")
             message = f"a Board can't write to {place!r}: {error.strerror or error}; give it a folder that it can"
@@ -439,7 +445,7 @@ class Board(SummaryWriter):
     # What SummaryWriter is built on
 
     def _get_file_writer(self) -> FileWriter:
-        return self._run("")
+        return None if self._waits else self._run("")  # type: ignore[return-value]  # when it begins nobody uses it
 
     def _run(self, name: str) -> _Run:
         """The run in the sub-folder of that name; ``""`` is the board's own."""

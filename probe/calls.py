@@ -144,6 +144,9 @@ class Receiver:
     def end_step(self, step: int, *, stepped: bool) -> None:
         """A step is over; `stepped`: by an optimizer's step."""
 
+    def leave(self, error: BaseException) -> None:
+        """The probe is being left by an exception; the step that it interrupts ends after this."""
+
     def findings(self) -> Findings | None:
         """What it found wrong so far; None if it judges nothing."""
 

@@ -159,13 +159,14 @@ class Probe:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
+        stopped = isinstance(error, StopForward) and error.session is self._session
         try:
-            self._close()
+            self._close(None if stopped else error)
         except Exception as failure:
             if error is None:
                 raise
             error.add_note(f"And while the probe was left: {failure!r}")
-        if isinstance(error, StopForward) and error.session is self._session:
+        if stopped:
             return True
         if error is None:
             self._tell()
@@ -173,17 +174,19 @@ class Probe:
 
     def __del__(self) -> None:
         if getattr(self, "_stack", None) is not None:
-            self._close()
+            self._close(RuntimeError("it was dropped, and its with-block not left"))
         if hasattr(self, "_session"):
             self._session.dissolve()
 
-    def _close(self) -> None:
+    def _close(self, error: BaseException | None) -> None:
         stack, self._stack = self._stack, None
         if stack is not None:
             try:
                 stack.close()
             finally:
                 for receiver in self._session.receivers:
+                    if error is not None:
+                        receiver.leave(error)
                     receiver.end_step(self._session.step, stepped=bool(self._optimizers))
                     receiver.close()
 
@@ -362,6 +365,7 @@ class Probe:
         layers: Any = None,
         kinds: Any = None,
         on_error: str = "raise",
+        per_rank: bool = False,
     ) -> Edit:
         """Feed summaries on every n-th step, and write what they yield: ``p.log(board, stats, histogram, every=100)``.
 
@@ -374,8 +378,15 @@ class Probe:
         scale is in the former. Passes in eval mode, or under `tag`, go to a sub-run of that name. A probe that logs
         keeps nothing for reading unless ``keep=`` says so.
 
+        Where ``torch.distributed`` runs with several ranks, a logged step is merged over all of them by one
+        ``all_reduce``, and the first rank writes it: statistics of activations and of their gradients are those of the
+        whole batch, other numbers are averaged, pictures and health checks are the first rank's. Parameters count
+        once, as the optimizer uses them: with averaged gradients, and as a whole where they are sharded (DTensors,
+        ``fully_shard``). Every rank must log the same layers.
+
         Arguments:
-            writer: a `Board`, which writes in the background, or any ``SummaryWriter``. It is not closed here.
+            writer: a `Board`, which writes in the background, or any ``SummaryWriter``. It is not closed here. On ranks
+                that write nothing None will do.
             summaries: functions from a `Capture` to `Scalar`, `Histogram`, `Image`. One with an attribute ``kinds``
                 gets only those.
             every: 1 or more.
@@ -383,16 +394,21 @@ class Probe:
             kinds: a `Kind`, a `ParameterKind`, or a list of both; by default outputs and their gradients (or the
                 probe's own ``kinds=``), what the summaries ask for, and with an optimizer all of parameters.
             on_error: ``"raise"`` what a summary raises, or ``"warn"`` once and go on without it.
+            per_rank: merge nothing; every rank writes what it saw, as a sub-run ``rank0``, ``rank1``, ...
 
         Returns:
             a handle; ``remove()`` ends the logging.
 
         Raises:
             TypeError, ValueError, NoSuchLayer: an argument is wrong; nothing is changed then.
+            RuntimeError: at the end of a step, on all ranks: they do not log the same, or one of them left or is late
+                by half of the process group's time-out.
         """
         from probe.log import Log, Parameters
+        from probe.ranks import rank
 
-        _check_log(writer, summaries, every, on_error)
+        silent = rank() > 0 and not per_rank
+        _check_log(writer, summaries, every, on_error, silent=silent)
         if layers is None:
             chosen, owners = self._layers, self._every
         else:
@@ -410,6 +426,7 @@ class Probe:
                 recorder=self._recorder,
                 scaler=self._scaler,
                 told=self._told.setdefault(id(writer), {}),
+                per_rank=per_rank,
             )
             self._session.receivers.append(log)
             added.append(log)
@@ -417,7 +434,7 @@ class Probe:
             self._tap(layer)
         if self._asked_keep is None:
             self._store.keep = self._reading.keep = 0
-        added += self._add_joint(summaries, self._scene(chosen, every_n=every, writer=writer))
+        added += self._add_joint(summaries, self._scene(chosen, every_n=every, writer=None if silent else writer))
         if hasattr(writer, "before_close"):
             for each in added:
                 writer.before_close(functools.partial(_last_call, weakref.ref(self._session), weakref.ref(each)))
@@ -620,8 +637,8 @@ def _why_never(session: Session, every: list[Layer], layer: Layer) -> str:
     )
 
 
-def _check_log(writer: Any, summaries: tuple[Any, ...], every: Any, on_error: str) -> None:
-    if not hasattr(writer, "add_scalar"):
+def _check_log(writer: Any, summaries: tuple[Any, ...], every: Any, on_error: str, *, silent: bool) -> None:
+    if not (hasattr(writer, "add_scalar") or (silent and writer is None)):
         raise TypeError(f"log writes to a Board or a SummaryWriter, not {type(writer).__name__}: p.log(board, stats)")
     if not summaries:
         raise TypeError("log needs at least one summary: p.log(board, stats, histogram)")
@@ -657,6 +674,9 @@ def _last_call(session: weakref.ref[Session], log: weakref.ref[Receiver]) -> Non
     """The writer closes before the probe is left: what is open is sent off now."""
     live, receiver = session(), log()
     if live is not None and receiver in live.receivers and not live.closed:
+        error = sys.exc_info()[1]
+        if error is not None:
+            receiver.leave(error)
         receiver.end_step(live.step, stepped=bool(live.optimizers))
         receiver.close()
 

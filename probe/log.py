@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -9,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from probe import sketch
+from probe import ranks, sketch
 from probe.calls import Call, Receiver
 from probe.capture import Capture, Embedding, Histogram, Image, Kind, Layer, ParameterKind, Scalar, Shown, Summary
 from probe.hooks import at_end_of_backward
 from probe.observers import quiet, tensor_taker
+from probe.ranks import Norm, Part
 from probe.sketch import Sketch
 from probe.summary import Statistic, draw_all, forget_drawn
 from probe.tree import snapshot
@@ -55,21 +57,27 @@ class _Step:
         self.scalars: dict[tuple[str, str], tuple[Any, int]] = {}  # sum and count
         self.statistics: dict[tuple[str, str], tuple[Sketch, str]] = {}
         self.histograms: dict[tuple[str, str], Sketch] = {}
+        self.norms: dict[tuple[str, str], Norm] = {}
         self.images: dict[tuple[str, str], torch.Tensor] = {}
         self.embeddings: dict[tuple[str, str], Embedding] = {}
+        self.parts: dict[tuple[str, str], Part] = {}  # what ranks hold of it; OWN where nothing is said
         self._sums: dict[tuple[int, int], tuple[Sketch, Sketch, Sketch]] = {}
 
     def __bool__(self) -> bool:
-        return any((self.scalars, self.statistics, self.histograms, self.images, self.embeddings))
+        return any((self.scalars, self.statistics, self.histograms, self.norms, self.images, self.embeddings))
 
-    def add(self, mode: str, prefix: str, item: Shown) -> None:
+    def add(self, mode: str, prefix: str, item: Shown, part: Part = Part.OWN) -> None:
         """Merge what a summary yielded.
 
         Raises:
             TypeError, ValueError: it can't be shown.
         """
         key = (mode, f"{prefix}/{getattr(item, 'tag', '')}")
+        if part is not Part.OWN:
+            self.parts[key] = part
         match item:
+            case Scalar(value=Norm() as norm):
+                self.norms[key] = norm
             case Scalar(value=Statistic() as value):
                 before = self.statistics.get(key)
                 total = value.sketch if before is None else self._plus(before[0], value.sketch)
@@ -107,6 +115,7 @@ class _Step:
     def fetch(self) -> Callable[[], dict[str, list[Any]]]:
         """Start one copy of everything to the host; the function waits for it and gives the items by mode."""
         plain = {key: total if count == 1 else total / count for key, (total, count) in self.scalars.items()}
+        plain.update({key: norm.value() for key, norm in self.norms.items()})
         drawn = {id(each): each for each in [*(s for s, _ in self.statistics.values()), *self.histograms.values()]}
         values: list[Any] = [*plain.values(), *self.images.values(), *drawn.values()]
         values += [each.value for each in self.embeddings.values()]
@@ -177,7 +186,7 @@ class Log(Receiver):
 
     On an observed step nothing waits for a device: summaries leave sketches and 0-dim tensors there, which cross to the
     host in one copy when the step ends. A `Board` then writes them in its background thread; any other
-    ``SummaryWriter`` gets them at once.
+    ``SummaryWriter`` gets them at once. Where there are several ranks, the step is merged over them before.
 
     Arguments:
         writer: a `Board`, or any ``torch.utils.tensorboard.SummaryWriter``.
@@ -189,6 +198,7 @@ class Log(Receiver):
         recorder: of the optimizers' rates; None where there are none.
         scaler: the GradScaler in whose units gradients are before the optimizer's step.
         told: shared by the logs of one writer: for each optimizer the last step whose rates were written.
+        per_rank: write what this rank saw, as a run of its own.
     """
 
     def __init__(
@@ -203,6 +213,7 @@ class Log(Receiver):
         recorder: Recorder | None = None,
         scaler: Any = None,
         told: dict[int, int] | None = None,
+        per_rank: bool = False,
     ) -> None:
         self.writer = writer
         self.every = every
@@ -212,7 +223,11 @@ class Log(Receiver):
         self._recorder = recorder
         self._scaler = scaler
         self._told: dict[int, int] = {} if told is None else told
-        self._norm_before: dict[int, torch.Tensor] = {}  # of an optimizer's gradients
+        if not per_rank and set(wanted) & set(ParameterKind):
+            ranks.refuse_flat(parameter for _, parameter, _, _ in parameters.found.values())
+        self._norm_before: dict[int, tuple[Norm, Part]] = {}  # of an optimizer's gradients
+        self._per_rank = per_rank
+        self._left = False
         self._last_backward = -1
         self._parameters = parameters
         self._steps: dict[int, _Step] = {}
@@ -235,12 +250,13 @@ class Log(Receiver):
         def deliver(call: Call, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
             with quiet():
                 for path, tensor in tensors:
-                    value = snapshot(tensor, call.info.fixed)
+                    own, part = ranks.part(tensor)
+                    value = snapshot(own, call.info.fixed)
                     if value is not None:
                         step, number = call.info.step, call.index
                         capture = Capture(layer.name, kind, value, step, number, path, module_type)
                         suffix = f"{path}{f'#{number}' if number else ''}"
-                        self._summarise(capture, summaries, stem + suffix, call.info.mode)
+                        self._summarise(capture, summaries, stem + suffix, call.info.mode, part)
 
         take = tensor_taker(kind, deliver)
         if kind in Kind.INPUT | Kind.OUTPUT or self._recorder is None or not self._wanted.get(ParameterKind.GRAD):
@@ -249,12 +265,13 @@ class Log(Receiver):
         def take_gradient(call: Call, path: str, gradient: torch.Tensor, backward: int) -> None:
             if backward != self._last_backward:
                 self._last_backward = backward
-                at_end_of_backward(self._measure_gradients)
+                # at the end of the end: DDP and FSDP average and hand over gradients in such a callback of their own
+                at_end_of_backward(functools.partial(at_end_of_backward, self._measure_gradients))
             take(call, path, gradient, backward)
 
         return take_gradient
 
-    def _summarise(self, capture: Capture, summaries: list[Summary], prefix: str, mode: str) -> None:
+    def _summarise(self, capture: Capture, summaries: list[Summary], prefix: str, mode: str, part: Part) -> None:
         for summary in list(summaries):
             try:
                 shown = summary(capture)
@@ -264,7 +281,7 @@ class Log(Receiver):
                 with self._lock:
                     step = self._steps.setdefault(capture.step, _Step())
                     for item in items:
-                        step.add(mode, prefix, item)
+                        step.add(mode, prefix, item, part)
             except Exception as error:
                 where = f"{capture.name!r}, {capture.kind.label}"
                 error.add_note(f"raised by the summary {summary!r} at {where}")
@@ -284,15 +301,15 @@ class Log(Receiver):
             return
         with quiet():
             self._norms(optimizer, step)
-            captures: list[Capture] = []
+            captures: list[tuple[Capture, Part]] = []
             for key, (_, parameter, _, _) in self._of(optimizer):
                 if self._wanted.get(ParameterKind.VALUE):
-                    captures.append(self._capture(key, ParameterKind.VALUE, parameter.detach(), step))
+                    captures.append(self._capture(key, ParameterKind.VALUE, parameter, step))
                 if self._wanted.get(ParameterKind.GRAD) and parameter.grad is not None:
-                    captures.append(self._capture(key, ParameterKind.GRAD, parameter.grad.detach(), step))
+                    captures.append(self._capture(key, ParameterKind.GRAD, parameter.grad, step))
                 if self._wanted.get(ParameterKind.UPDATE):
                     # a clone, not copy-on-write: the parameter's own memory must stay where it is
-                    self._before[key] = parameter.detach().clone()
+                    self._before[key] = ranks.part(parameter.detach())[0].clone()
             self._show(captures)
 
     def after_step(self, optimizer: Any, step: int) -> None:
@@ -305,52 +322,59 @@ class Log(Receiver):
                 for tag, number in {} if self._recorder is None else self._recorder.scalars(optimizer).items():
                     what, _, group = tag.partition("/")
                     self._add(step, what, Scalar(group, number))
-            captures: list[Capture] = []
+            captures: list[tuple[Capture, Part]] = []
             for key, (_, parameter, _, _) in self._of(optimizer):
                 before = self._before.pop(key, None)
                 if before is not None:
-                    update = parameter.detach() - before
-                    captures.append(self._capture(key, ParameterKind.UPDATE, update, step))
-                    ratio = _norm([update]) / _norm([before])
-                    self._add(step, f"{captures[-1].name}/update", Scalar("ratio", ratio))
+                    after, part = ranks.part(parameter.detach(), replicated=True)
+                    capture, _ = self._capture(key, ParameterKind.UPDATE, after - before, step)
+                    captures.append((capture, part))
+                    ratio = Norm(ranks.squares([capture.value]), ranks.squares([before]))
+                    self._add(step, f"{capture.name}/update", Scalar("ratio", ratio), part)
             self._show(captures)
 
     def _measure_gradients(self) -> None:
         """At the end of a backward pass: the norm of each optimizer's gradients, before anybody clips them."""
         with quiet():
             for optimizer in self._parameters.optimizers:
-                norm = _norm([p.grad for _, (_, p, _, _) in self._of(optimizer) if p.grad is not None])
+                gradients = [p.grad for _, (_, p, _, _) in self._of(optimizer) if p.grad is not None]
+                norm, part = ranks.norm_of(gradients, merged=self._merges())
                 scale = getattr(self._scaler, "_scale", None)
-                self._norm_before[id(optimizer)] = norm if scale is None else norm / scale.to(norm.device)
+                if scale is not None:
+                    norm = Norm(norm.squares / scale.to(norm.squares).square())
+                self._norm_before[id(optimizer)] = norm, part
 
     def _norms(self, optimizer: Any, step: int) -> None:
         gradients = [p.grad for _, (_, p, _, _) in self._of(optimizer) if p.grad is not None]
         before = self._norm_before.pop(id(optimizer), None)
         if self._recorder is not None and self._wanted.get(ParameterKind.GRAD) and gradients:
             prefix = self._recorder.prefix(optimizer)
-            self._add(step, "grad_norm", Scalar(f"{prefix}after_clipping", _norm(gradients)))
+            norm, part = ranks.norm_of(gradients, merged=self._merges())
+            self._add(step, "grad_norm", Scalar(f"{prefix}after_clipping", norm), part)
             if before is not None:
-                self._add(step, "grad_norm", Scalar(f"{prefix}before_clipping", before))
+                norm, part = before
+                self._add(step, "grad_norm", Scalar(f"{prefix}before_clipping", norm), part)
 
-    def _add(self, step: int, prefix: str, item: Any) -> None:
+    def _add(self, step: int, prefix: str, item: Any, part: Part = Part.WHOLE) -> None:
         with self._lock:
-            self._steps.setdefault(step, _Step()).add("train", prefix, item)
+            self._steps.setdefault(step, _Step()).add("train", prefix, item, part)
 
     def _of(self, optimizer: Any) -> list[tuple[int, tuple[str, torch.Tensor, type, int]]]:
         own = [id(p) for group in optimizer.param_groups for p in group["params"]]
         return [(key, self._parameters.found[key]) for key in own if key in self._parameters.found]
 
-    def _capture(self, key: int, kind: ParameterKind, value: torch.Tensor, step: int) -> Capture:
+    def _capture(self, key: int, kind: ParameterKind, value: torch.Tensor, step: int) -> tuple[Capture, Part]:
         name, _, module_type, groups = self._parameters.found[key]
-        return Capture(name, kind, value, step, module_type=module_type, groups=groups)
+        own, part = ranks.part(value.detach(), replicated=True)
+        return Capture(name, kind, own, step, module_type=module_type, groups=groups), part
 
-    def _show(self, captures: Iterable[Capture]) -> None:
+    def _show(self, captures: Iterable[tuple[Capture, Part]]) -> None:
         captures = list(captures)
-        draw_all(captures)
+        draw_all([capture for capture, _ in captures])
         try:
-            for capture in captures:
+            for capture, part in captures:
                 kind = capture.kind
-                self._summarise(capture, self._wanted.get(kind, []), f"{capture.name}/{kind.label}", "train")
+                self._summarise(capture, self._wanted.get(kind, []), f"{capture.name}/{kind.label}", "train", part)
         finally:
             forget_drawn()
 
@@ -359,25 +383,43 @@ class Log(Receiver):
     def end_step(self, step: int, *, stepped: bool) -> None:
         """Send off what the ended steps yielded: one copy to the host a step, then the writer's thread.
 
-        Parameters are shown here where no optimizer has `stepped`.
+        Where ranks merge, that comes before, and only the first one writes. Parameters are shown here where no
+        optimizer has `stepped`.
         """
+        if self._left:
+            self._left, self._steps = False, {}
+            return
         closed = getattr(self.writer, "closed", False)  # it then was told what there was: see `Board.before_close`
         if not stepped and not closed and self.active(step) and self._wanted.get(ParameterKind.VALUE):
             with quiet():
                 found = self._parameters.found.items()
-                self._show(self._capture(key, ParameterKind.VALUE, p.detach(), step) for key, (_, p, _, _) in found)
+                self._show(self._capture(key, ParameterKind.VALUE, p, step) for key, (_, p, _, _) in found)
         forget_drawn()
         with self._lock:
             steps, self._steps = self._steps, {}
-        for number, gathered in steps.items():
-            if gathered:
-                self._send(number, gathered)
+        for number in sorted(steps):  # the same order on all ranks
+            if steps[number]:
+                self._send(number, steps[number])
+
+    def leave(self, error: BaseException) -> None:
+        """Tell the ranks that wait for this one to merge a step; what is open is lost."""
+        if self._merges():
+            self._left = True
+            ranks.leave(error)
+
+    def _merges(self) -> bool:
+        return not self._per_rank and ranks.several()
 
     def _send(self, number: int, step: _Step) -> None:
+        run = f"rank{ranks.rank()}" if self._per_rank else ""
         with quiet():
+            if self._merges():
+                ranks.merge(number, step)
+                if ranks.rank() != 0:
+                    return
             items = step.fetch()
         if not hasattr(self.writer, "submit"):
-            _write_plainly(self.writer, number, items())
+            _write_plainly(self.writer, number, items(), run)
             return
         fetched: dict[str, list[Any]] = {}
 
@@ -387,28 +429,23 @@ class Log(Receiver):
             return fetched.get(mode, [])
 
         for mode in dict.fromkeys(mode for mode, _ in _keys(step)):
-            self.writer.submit(number, lambda mode=mode: of(mode), run="" if mode == "train" else mode)
-
-
-def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """The L2 norm of all tensors together, in float32, on their device."""
-    dense = [t.coalesce().values() if t.is_sparse else t for t in tensors]
-    dense = [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in dense]
-    if not dense:
-        return torch.zeros(())
-    norms = torch.stack([norm.to(dense[0].device) for norm in torch._foreach_norm(dense)])
-    total: torch.Tensor = torch.linalg.vector_norm(norms)
-    return total
+            self.writer.submit(number, lambda mode=mode: of(mode), run=_run(mode, run))
 
 
 def _keys(step: _Step) -> list[tuple[str, str]]:
-    return [*step.scalars, *step.statistics, *step.histograms, *step.images, *step.embeddings]
+    return [*step.scalars, *step.statistics, *step.histograms, *step.norms, *step.images, *step.embeddings]
 
 
-def _write_plainly(writer: Any, step: int, by_mode: dict[str, list[Any]]) -> None:
-    """Write to a ``SummaryWriter`` that is no `Board`: other modes than training get a prefix in place of a sub-run."""
+def _run(mode: str, of_rank: str) -> str:
+    """The sub-run of a mode: training has none, unless each rank has a run of its own."""
+    return "/".join(part for part in (of_rank, "" if mode == "train" else mode) if part)
+
+
+def _write_plainly(writer: Any, step: int, by_mode: dict[str, list[Any]], of_rank: str) -> None:
+    """Write to a ``SummaryWriter`` that is no `Board`: where that has a sub-run the tags get a prefix."""
     for mode, items in by_mode.items():
-        prefix = "" if mode == "train" else f"{mode}/"
+        run = _run(mode, of_rank)
+        prefix = f"{run}/" if run else ""
         for item in items:
             match item:
                 case Scalar():

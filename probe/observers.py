@@ -17,7 +17,7 @@ from probe.capture import Capture, Kind, Layer
 from probe.graph import version
 from probe.select import modules
 from probe.session import Session
-from probe.tree import data_address, input_leaves, leaves, rebuild, snapshot, storage_of
+from probe.tree import data_address, input_leaves, leaves, local, rebuild, snapshot, storage_of
 
 Taker = Callable[..., None]
 
@@ -321,7 +321,8 @@ def _keep(pass_: Pass, kind: Kind, call: Call, value: Any, prefix: str = "") -> 
     if type(value) is torch.Tensor:  # nearly always, so the short way is written out
         try:
             storage = value.untyped_storage()
-            if storage.nbytes() <= 4 * value.nbytes + 4096 and storage._cdata not in call.info.fixed:
+            small = storage.nbytes() <= 4 * value.nbytes + 4096
+            if small and storage._cdata not in call.info.fixed and type(value._base) is not nn.Parameter:
                 kept = torch._lazy_clone(value.detach() if value.requires_grad else value)
                 pass_.events.append((kind, call, prefix, kept, storage, version(value), None))
                 return kept
@@ -329,6 +330,7 @@ def _keep(pass_: Pass, kind: Kind, call: Call, value: Any, prefix: str = "") -> 
             pass
 
     def visit(path: str, tensor: torch.Tensor) -> torch.Tensor | None:
+        tensor = local(tensor)
         kept = snapshot(tensor, call.info.fixed)
         if kept is not None:
             storage = storage_of(tensor)

@@ -14,7 +14,7 @@ from probe.calls import Pass, PassInfo, Receiver
 from probe.capture import Kind, Layer
 from probe.hooks import Local, Tap, graph_task, is_replica, on_enter, on_gradient_of, on_leave, on_step, raised
 from probe.select import ancestors, modules
-from probe.tree import leaves, storage_of
+from probe.tree import leaves, local, storage_of
 
 
 class Session:
@@ -61,7 +61,7 @@ class Session:
             }
         taps = [tap for tap in self.taps.values() if tap.stop or any(map(tap.asks, Kind))]
         own = [t for m in modules(self.model) for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-        self._fixed = frozenset(s._cdata for tensor in own if (s := storage_of(tensor)) is not None)
+        self._fixed = frozenset(s._cdata for tensor in own if (s := storage_of(local(tensor))) is not None)
         scopes = ancestors(self.model, [tap.layer.module for tap in taps])
         self.scopes = {id(module): module for module in scopes if not isinstance(module, torch.jit.ScriptModule)}
         try:

@@ -99,6 +99,24 @@ class Sketch:
         _settle([self])
         return self._terms[0]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the row is, or will be."""
+        return self._terms[0].device
+
+    @property
+    def binned(self) -> bool:
+        """Whether it has a histogram."""
+        return all(len(term) == ROW for term in self._terms)
+
+    def moments(self) -> Sketch:
+        """The same without the histogram."""
+        return self._with([term[:HEAD] for term in self._terms])
+
+    def nothing(self) -> Sketch:
+        """The sketch of no element, there and of that size: what changes nothing when it is added."""
+        return Sketch(self._terms[0].new_zeros(min(map(len, self._terms))))
+
     @cached_property
     def _words(self) -> Array:
         return self.row.cpu().numpy()
@@ -276,11 +294,16 @@ class Sketch:
             return NotImplemented
         terms = [*self._terms, *other._terms]
         width, device = min(len(term) for term in terms), terms[0].device
-        total = Sketch(terms[0])
-        total._terms = [term[:width].to(device, non_blocking=True) for term in terms]
+        total = self._with([_moved(term[:width], device) for term in terms])
         if len(terms) >= self.TERMS:
             _settle([total])
         return total
+
+    @staticmethod
+    def _with(terms: list[Tensor]) -> Sketch:
+        made = Sketch(terms[0])
+        made._terms = terms
+        return made
 
     def __radd__(self, other: object) -> Sketch:
         return self if other == 0 else NotImplemented  # what sum() begins with
@@ -461,22 +484,71 @@ def all_reduce(sketches: Sequence[Sketch], group: Any = None) -> list[Sketch]:
     Of activations and of shards this is the sketch of the whole; what every rank holds alike counts once per rank.
 
     Arguments:
-        sketches: the same sites in the same order on every rank, all on one device that `group` can reduce, and all
-            with or all without a histogram.
+        sketches: the same sites in the same order on every rank; the first one's device is one that `group` can reduce.
         group: a process group; None is the default one.
 
     Returns:
         the merged sketches, on that device, the same on every rank.
     """
-    import torch.distributed as dist
-
     if not sketches:
         return []
+    return all_reduce_with(sketches, column([], sketches[0].device), group)[0]
+
+
+def all_reduce_with(sketches: Sequence[Sketch], numbers: Tensor, group: Any = None) -> tuple[list[Sketch], Tensor]:
+    """`all_reduce`, with numbers to be summed in the same buffer.
+
+    Arguments:
+        sketches: as of `all_reduce`, on any devices, and perhaps none.
+        numbers: float64 ``[n]``, as many on every rank, on a device that `group` can reduce. See `column`.
+        group: a process group; None is the default one.
+
+    Returns:
+        the merged sketches and the sums, on the device of `numbers`. Every rank adds the numbers in the same order, so
+        that all have the same sums.
+    """
+    import torch.distributed as dist
+
     _settle(sketches)
-    rows = torch.stack([sketch.row for sketch in sketches])
-    heads = rows.new_zeros(dist.get_world_size(group), len(rows), HEAD)
-    heads[dist.get_rank(group)] = rows[:, :HEAD]
-    buffer = torch.cat([heads.flatten(), rows[:, HEAD:].flatten()])
+    rows = _brought([sketch.row for sketch in sketches], numbers.device)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]) == HEAD)  # those with a histogram first
+    heads = [rows[i][:HEAD] for i in order]
+    own = torch.cat([*heads, numbers.view(torch.int64)])
+    slots = own.new_zeros(dist.get_world_size(group), len(own))
+    slots[dist.get_rank(group)] = own
+    buffer = torch.cat([slots.flatten(), *(rows[i][HEAD:] for i in order)])
     dist.all_reduce(buffer, group=group)
-    heads, bins = buffer[: heads.numel()].view_as(heads), buffer[heads.numel() :].view(len(rows), -1)
-    return [Sketch(row) for row in torch.cat([fold(heads), bins], 1)]
+    slots, bins = buffer[: slots.numel()].view_as(slots), buffer[slots.numel() :].view(-1, BINS)
+    words = HEAD * len(rows)
+    sums = slots[:, words:].view(torch.float64).sum(0)
+    folded = fold(slots[:, :words].reshape(len(slots), len(rows), HEAD))
+    found = [*torch.cat([folded[: len(bins)], bins], 1), *folded[len(bins) :]]
+    return [Sketch(row) for _, row in sorted(zip(order, found, strict=True), key=lambda each: each[0])], sums
+
+
+def column(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Numbers, and tensors of one element on any devices, as one float64 ``[n]`` on `device`; waits for no device."""
+    kept = [torch.as_tensor(value).detach().reshape(1).double() for value in values]
+    return torch.cat(_brought([torch.zeros(0, dtype=torch.float64), *kept], device))
+
+
+def _brought(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """1-D tensors of one dtype on `device`, those of each other device by one copy that waits for nothing."""
+    places: dict[torch.device, list[int]] = {}
+    for i, part in enumerate(parts):
+        places.setdefault(part.device, []).append(i)
+    found = list(parts)
+    for source, indices in places.items():
+        if source != device:
+            flat = torch.cat([parts[i] for i in indices])
+            moved = _moved(flat, device).split([len(parts[i]) for i in indices])
+            for i, part in zip(indices, moved, strict=True):
+                found[i] = part
+    return found
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`; waits only for what comes to the host, where it might else be read too early."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # from pageable memory the copy would wait for the stream
+    return tensor.to(device, non_blocking=device.type != "cpu")

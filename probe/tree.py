@@ -195,18 +195,22 @@ def snapshot(tensor: torch.Tensor, fixed: Container[int] = ()) -> torch.Tensor |
 
     Copy-on-write where torch can (``torch._lazy_clone``: shares the memory until somebody writes), else a clone:
     storages from NumPy, shared or mapped memory, sparse and nested layouts. Also cloned are small views of a large
-    storage (which would keep all of it alive), parameters, and what shares a storage with the `fixed` ones (by
-    ``_cdata``): the next write to a shared one would move it to another address. Tensors of ``torch.func`` transforms
-    come out unwrapped, at full batch.
+    storage (which would keep all of it alive), parameters and their views (whose memory FSDP frees in a way that a
+    copy-on-write storage does not survive), and what shares a storage with the `fixed` ones (by ``_cdata``): the next
+    write to a shared one would move it to another address. Tensors of ``torch.func`` transforms
+    come out unwrapped, at full batch; of a DTensor it is this rank's shard.
     """
     if type(tensor) is torch.Tensor:  # nearly always; isinstance(tensor, Parameter) alone costs more than all of this
         try:
             storage = tensor.untyped_storage()  # refused where there is none, and by wrappers of torch.func
-            if storage.nbytes() <= 4 * tensor.nbytes + 4096 and storage._cdata not in fixed:
+            small = storage.nbytes() <= 4 * tensor.nbytes + 4096
+            if small and storage._cdata not in fixed and type(tensor._base) is not torch.nn.Parameter:
                 return torch._lazy_clone(tensor.detach())
             return tensor.detach().clone()
         except (RuntimeError, NotImplementedError):
             pass
+    elif (shard := local(tensor)) is not tensor:
+        return snapshot(shard, fixed)
     if torch._C._functorch.is_legacy_batchedtensor(tensor):  # in autograd.grad(..., is_grads_batched=True)
         value, level = tensor, 0
         while torch._C._functorch.is_legacy_batchedtensor(value):
@@ -219,6 +223,15 @@ def snapshot(tensor: torch.Tensor, fixed: Container[int] = ()) -> torch.Tensor |
             value = torch._C._functorch.get_unwrapped(value)
         return value.detach()
     return None if is_fake(tensor) else tensor.detach().clone()
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a DTensor; any other tensor itself."""
+    if type(tensor) is torch.Tensor or not hasattr(type(tensor), "to_local"):
+        return tensor
+    with torch.no_grad():  # with a graph it would be a node of it
+        shard: torch.Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return shard
 
 
 def is_fake(tensor: torch.Tensor) -> bool:

@@ -17,7 +17,7 @@ import torch
 from tests.reading import pixels, read
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-TOOLS = {"explain", "screenshots"}  # they stand beside the examples, and write no run
+TOOLS = {"distributed", "explain", "screenshots"}  # tests of their own: these write no run, or need two processes
 SCRIPTS = sorted({path.stem for path in EXAMPLES.glob("[!_]*.py")} - TOOLS)
 
 

@@ -1640,6 +1640,9 @@ def test_unused_and_integer_outputs_are_none() -> None:
     assert torch.equal(p[""].grad_input, torch.full((3,), 3.0))
 
 
+# -- 12 wrappers: F12.2 and F12.3 take two processes, and are in tests/ranks.py ----------------------------------------
+
+
 # -- 14 threads and workers --------------------------------------------------------------------------------------------
 
 

@@ -686,3 +686,37 @@ def test_where_wrappers_hold_the_users_module() -> None:
     assert module._compiled_call_impl is None
     module.compile(backend="eager")
     assert module._compiled_call_impl is not None
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("process_group")
+def test_the_store_of_the_default_group() -> None:
+    """It has the group's time-out; a clone sees the same keys; the group is a weak key."""
+    store = dist.distributed_c10d._get_default_store()
+    assert store.timeout.total_seconds() > 0
+    clone = store.clone()
+    store.set("a", "b")
+    assert clone.multi_get(["a"]) == [b"b"]
+    assert weakref.WeakKeyDictionary({dist.group.WORLD: 1})[dist.group.WORLD] == 1
+    assert "cpu:gloo" in dist.get_backend_config().split(",")
+
+
+def test_a_callback_of_backward_may_queue_another() -> None:
+    """Which runs after all that were queued in the pass itself, as those of DDP and FSDP are."""
+    queue, order = torch.autograd.Variable._execution_engine.queue_callback, []
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda g: queue(lambda: queue(lambda: order.append("ours"))))
+    x.register_hook(lambda g: queue(lambda: order.append("theirs")))
+    y.sum().backward()
+    assert order == ["theirs", "ours"]
+
+
+@MODES
+def test_views_of_a_parameter_know_it(mode: Any) -> None:
+    """So that no snapshot shares its memory: a copy-on-write storage does not survive ``resize_(0)``."""
+    weight = nn.Parameter(torch.ones(3))
+    with mode():
+        assert type(weight[1:]._base) is nn.Parameter
