@@ -602,8 +602,9 @@ def _hookable(layers: list[Layer]) -> list[Layer]:
 
 
 def _only_holds(layer: Layer) -> bool:
-    """Whether the layer is a container that has no forward of its own (ModuleList, ModuleDict)."""
-    return type(layer.module).forward is nn.Module.forward
+    """Whether the layer is a container that nobody can call (ModuleList, ModuleDict)."""
+    kind = type(layer.module)
+    return kind.forward is nn.Module.forward and kind.__call__ is nn.Module.__call__
 
 
 def _why_never(session: Session, every: list[Layer], layer: Layer) -> str:
