@@ -495,8 +495,19 @@ class Probe:
 
     @property
     def steps(self) -> int:
-        """How many steps have ended: each ``optimizer.step()`` of the given optimizer, or each `step`."""
+        """How many steps have ended: each ``optimizer.step()`` of the given optimizer, or each `step`.
+
+        A training that is resumed sets it, before its first step, to the number of those made before.
+        """
         return self._session.step
+
+    @steps.setter
+    def steps(self, number: int) -> None:
+        if not isinstance(number, int) or number < 0:
+            raise ValueError(f"steps={number!r}: give the number of steps that were made before, 0 or more")
+        if number != self._session.step:
+            self._session.count_from(number)
+            self._rebind()
 
     def step(self) -> None:
         """End a step, where there is no optimizer to do so."""
@@ -552,6 +563,13 @@ def _is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None or select.wrapped_attribute(module) == "_orig_mod"
 
 
+_OPTIMIZER_WRAPPERS = {  # where the class is, and its name
+    "accelerate.optimizer": "AcceleratedOptimizer",
+    "lightning.pytorch.core.optimizer": "LightningOptimizer",
+    "pytorch_lightning.core.optimizer": "LightningOptimizer",
+}
+
+
 class _NoModel(nn.Module):
     """Stands for the model of a probe on an optimizer alone."""
 
@@ -585,11 +603,20 @@ def _subject(model: Any, optimizer: Any) -> tuple[nn.Module, list[torch.optim.Op
         raise TypeError("the model is a ScriptModule: torch puts no hooks on it; probe it before torch.jit.script")
     if not isinstance(model, nn.Module):
         raise TypeError(f"Probe takes an nn.Module or an optimizer, not {type(model).__name__}")
-    optimizers = _listed(optimizer)
+    optimizers = [_unwrapped(each) for each in _listed(optimizer)]
     for each in optimizers:
         if not isinstance(each, torch.optim.Optimizer):
             raise TypeError(f"optimizer={each!r} is a {type(each).__name__}; give a torch.optim.Optimizer, or a list")
     return model, optimizers
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """The optimizer that makes the updates, where accelerate or Lightning have wrapped it."""
+    for where, name in _OPTIMIZER_WRAPPERS.items():
+        wrapper = getattr(sys.modules.get(where), name, None)
+        if wrapper is not None and isinstance(optimizer, wrapper):
+            return _unwrapped(optimizer.optimizer)
+    return optimizer
 
 
 def _hookable(layers: list[Layer]) -> list[Layer]:

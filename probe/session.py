@@ -123,7 +123,27 @@ class Session:
         self.optimizers.append(optimizer)
         return on_step(optimizer, self._before_step, self._after_step)
 
-    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._tell_before(optimizer)
+            return None
+        told = False
+
+        def closed() -> Any:
+            nonlocal told
+            loss = closure()
+            if not told:
+                told = True
+                self._tell_before(optimizer)
+            return loss
+
+        # the gradients come to be inside the step: at the end of the first call of its closure
+        if len(args) > 1:
+            return (args[0], closed, *args[2:]), kwargs
+        return args, {**kwargs, "closure": closed}
+
+    def _tell_before(self, optimizer: Any) -> None:
         step = self._step_of(optimizer)
         for receiver in self.receivers:
             receiver.before_step(optimizer, step)
@@ -151,6 +171,10 @@ class Session:
         self.step += 1
         if not self.closed and [receiver.active(self.step) for receiver in self.receivers] != self._bound:
             self.bind()
+
+    def count_from(self, step: int) -> None:
+        """Go on as if so many steps had been made."""
+        self.step = self._entered = step
 
     def is_scope(self, module: nn.Module) -> bool:
         return id(module) in self.scopes

@@ -500,3 +500,47 @@ def test_a_probe_on_an_optimizer(optimizer: torch.optim.Optimizer, model: nn.Mod
     with pytest.raises(TypeError, match="optimizer="):
         Probe(model, optimizer="adam")
     assert ParameterKind.VALUE.label == "value"
+
+
+@pytest.mark.parametrize("how", ["positional", "keyword", "LBFGS"])
+def test_a_step_with_a_closure(tmp_path: Path, model: nn.Module, how: str) -> None:
+    """Gradients come to be inside the step: those logged are the first evaluation's, which the update starts from."""
+    twin, x = copy.deepcopy(model), torch.randn(5, 4)
+    twin(x).square().mean().backward()
+    kind = torch.optim.LBFGS if how == "LBFGS" else torch.optim.SGD
+    optimizer = kind(model.parameters(), lr=0.1)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    before = twin[0].weight.detach().clone()
+    with Board(str(tmp_path)) as board, Probe(model, optimizer=optimizer) as p:
+        p.log(board, stats)
+        loss = optimizer.step(closure=closure) if how == "keyword" else optimizer.step(closure)
+        assert p.steps == 1
+        assert len(p.schedule.lr) == 1
+    torch.testing.assert_close(loss, twin(x).square().mean())
+    assert scalars(tmp_path, "0.weight/grad/norm") == {0: pytest.approx(float(twin[0].weight.grad.norm()), rel=1e-5)}
+    assert scalars(tmp_path, "0.weight/value/norm") == {0: pytest.approx(float(before.norm()), rel=1e-5)}
+    update = model[0].weight.detach() - before
+    assert scalars(tmp_path, "0.weight/update/norm")[0] == pytest.approx(float(update.norm()), rel=1e-4)
+
+
+def test_a_resumed_training_goes_on_counting(
+    tmp_path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """``p.steps = n`` before or inside the block; the schedule of ``every`` follows."""
+    with Board(str(tmp_path)) as board, Probe(model, optimizer=optimizer) as p:
+        p.log(board, stats, every=2)
+        p.steps = 7
+        assert not hooked(model)
+        for _ in range(3):
+            train(model, optimizer, [torch.randn(2, 4)])
+        assert p.steps == 10
+        with pytest.raises(ValueError, match="steps=-1"):
+            p.steps = -1
+    assert list(scalars(tmp_path, "0/output/mean")) == [8]
+    assert list(scalars(tmp_path, "0.weight/update/mean")) == [8]
