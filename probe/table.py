@@ -74,14 +74,17 @@ def _row(layer: Layer, calls: list[Call]) -> LayerRow:
     value = outputs[0][1] if outputs else None
     drawn = None if value is None else sketch.of(value)
     norm = _gradient_norm(call)
-    if value is None or drawn is None:
-        row = LayerRow(layer.name, kind, None, "", None, None, None, None, norm, len(calls), "")
-    else:
-        zeros = drawn.zeros / drawn.count if drawn.count else None
-        nonfinite = drawn.nan + drawn.posinf + drawn.neginf
-        dtype = str(value.dtype).removeprefix("torch.")
+    row = LayerRow(layer.name, kind, None, "", None, None, None, None, norm, len(calls), "")
+    if value is not None:
         shape = () if value.is_nested else tuple(value.shape)
-        row = LayerRow(layer.name, kind, shape, dtype, drawn.mean, drawn.std, zeros, nonfinite, norm, len(calls), "")
+        row = row._replace(shape=shape, dtype=str(value.dtype).removeprefix("torch."))
+    if drawn is not None:
+        row = row._replace(
+            mean=drawn.mean,
+            std=drawn.std,
+            zeros=drawn.zeros / drawn.count if drawn.count else None,
+            nonfinite=drawn.nan + drawn.posinf + drawn.neginf,
+        )
     return row._replace(mark=f"({call.raised})" if call is not None and call.raised else _mark(row))
 
 

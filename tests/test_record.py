@@ -768,7 +768,7 @@ def test_table_of_any_output(output: Any) -> None:
     (row,) = p.summary()
     assert row.calls == 1
     assert len(str(p).splitlines()) == 3
-    assert row.shape == (tuple(found[0][1].shape) if (found := leaves(output)) and not found[0][1].is_meta else None)
+    assert row.shape == (tuple(found[0][1].shape) if (found := leaves(output)) else None)
     assert len(Table(p._repr_html_()).rows) == 2
 
 
