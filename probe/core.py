@@ -8,7 +8,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -74,7 +74,8 @@ class Probe:
             types, modules, and predicates ``(name, module) -> bool``. None given: every leaf module.
         kinds: which of the four values to capture; all by default.
         exclude: selectors of layers to leave out.
-        optimizer: one or several; every ``step()`` of the first then advances `steps`, and `schedule` traces all.
+        optimizer: one or several; every ``step()`` of the first then advances `steps` (of those that step in turns name
+            the last one first), and `schedule` traces all.
         scaler: the ``torch.amp.GradScaler`` that steps them; `schedule` then knows exactly which updates it skipped.
         observers: functions of a `Capture`, objects with ``bind(site)``, and ``health.checks()``; they run inside the
             hooks.
@@ -276,7 +277,7 @@ class Probe:
         if blind:
             rows.append(Row("", f"no gradients: {blind}"))
         for layer in self._layers if self._session.passes else ():
-            if not self._session.taps[layer].fired:
+            if not self._session.taps[layer].fired or (self._store.keep and not calls[layer]):
                 rows.append(Row(layer.name, self._why_never(layer)))
             reasons = dict.fromkeys(
                 reason for call in calls[layer] for reason in missing(call, self._kinds, blind is not None)
@@ -540,6 +541,12 @@ class Probe:
             return f"<Probe of {', '.join(type(each).__name__ for each in self._optimizers)}: schedule, {state}>"
         return f"<Probe of {type(self._session.model).__name__}: {len(self)} layers, {self._kinds.label}, {state}>"
 
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            "a Probe can't be copied or pickled: it belongs to one model in one process. Make another, and save what "
+            "this one read, dict(p.activations) for example"
+        )
+
     def _repr_html_(self) -> str:
         return self.summary()._repr_html_()
 
@@ -643,10 +650,10 @@ def _why_never(session: Session, every: list[Layer], layer: Layer) -> str:
     if not session.passes:
         dynamo = " (was it compiled before that?)" if "torch._dynamo" in sys.modules else ""
         return "the model was not called while the probe was attached" + dynamo
-    if tap is not None and tap.fired:
-        return "it was called, but not in the passes that are kept (keep= says how many)"
     if all(each.module is not module for each in select.layers(session.model)):
         return "it was replaced by another module while the probe was attached; enter a new Probe afterwards"
+    if tap is not None and tap.fired:
+        return "it was called, but not in the passes that are kept (keep= says how many)"
     if type(module).__call__ is not nn.Module.__call__:
         return f"never called through hooks: {type(module).__name__} overrides __call__"
     if _only_holds(layer):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import html.parser
 import math
+import pickle
 import re
 import types
 from typing import Any
@@ -430,7 +432,28 @@ def test_a_pass_that_is_no_longer_kept() -> None:
         model.forward = lambda x: x
         model(torch.ones(1, 2))
         del model.forward
-    assert "it was called, but not in the passes that are kept (keep= says how many)" in absent(p, "1", "output")
+    reason = "it was called, but not in the passes that are kept (keep= says how many)"
+    assert reason in absent(p, "1", "output")
+    assert dict(map(tuple, p.report()))["1"] == reason
+
+
+def test_a_layer_that_was_replaced() -> None:
+    """While the probe was attached: its hooks are on the module that left, which the report says."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+    with Probe(model, kinds=Kind.OUTPUT) as p:
+        model(torch.ones(1, 2))
+        model[1] = nn.Sigmoid()
+        model(torch.ones(1, 2))
+    assert [row.name for row in p.report()] == ["1"]
+    assert "it was replaced by another module" in p.report()[0].reason
+    assert "it was replaced by another module" in absent(p, "1", "output")
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_probes_are_not_copied(copied: Any) -> None:
+    """The error says what to do instead."""
+    with pytest.raises(TypeError, match=r"belongs to one model in one process.*dict\(p.activations\)"):
+        copied(Probe(nn.Linear(1, 1)))
 
 
 @pytest.mark.parametrize("how", ["keep", "observer"])
