@@ -85,7 +85,7 @@ class Pass:
         self.open = True
         self.calls: defaultdict[Layer, list[Call]] = defaultdict(list)
         self.events: list[Any] = []  # what the store saw, in order of time
-        self.stack: list[tuple[Any, Call, Edges | None]] = []
+        self.stack: list[list[Any]] = []  # of tap, call, and the edges of its inputs or None
         self.storages: dict[int, str] = {}
         self.raw: list[tuple[Any, torch.UntypedStorage, torch.Tensor, int]] = []
 
@@ -99,7 +99,8 @@ class Pass:
                     tap.short.settle(self, self._call(tap.layer), *entry)
 
     def call(self, layer: Layer) -> Call:
-        self.settle()
+        if self.raw:
+            self.settle()
         return self._call(layer)
 
     def _call(self, layer: Layer) -> Call:
@@ -112,7 +113,7 @@ class Pass:
         """The innermost open call of the tap; calls above it were left by an exception."""
         for depth in range(len(self.stack) - 1, -1, -1):
             if self.stack[depth][0] is tap:
-                _, call, edges = self.stack[depth]
+                call, edges = self.stack[depth][1:]
                 del self.stack[depth:]
                 return call, edges
         return None

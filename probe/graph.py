@@ -64,7 +64,7 @@ class Edges:
                 paths = self.paths.get(key)
                 if paths is not None:
                     found.setdefault(key, (paths, []))[1].append((node, position))
-                if after not in seen:
+                if after not in seen and type(after) is not _Accumulate:  # nothing lies beyond a leaf
                     seen.add(after)
                     waiting.append(after)
         return list(found.values()), passed
@@ -117,6 +117,9 @@ class Base:
         copy = torch.empty_strided(self.size, self.strides, dtype=gradient.dtype, device=gradient.device)
         copy.copy_(gradient)
         return copy, copy.as_strided(*self.geometry)
+
+
+_Accumulate = type(torch.autograd.graph.get_gradient_edge(torch.empty(0, requires_grad=True)).node)
 
 
 def edge(tensor: torch.Tensor) -> tuple[Any, int]:

@@ -11,7 +11,7 @@ import functools
 import sys
 import threading
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -121,28 +121,27 @@ class Tap:
     def _short(self, after: Callable[..., Any]) -> Callable[..., Any]:
         """The hook of a layer of which only the output is kept: it logs a snapshot, which becomes a call when read.
 
-        Its whole cost beyond a bare hook is one ``_lazy_clone`` and five attribute reads. Whatever is not a plain
+        Its cost beyond a bare hook is one ``_lazy_clone`` and a handful of attribute reads. Whatever is not a plain
         tensor in a plain pass goes the long way round.
         """
         session, local, owner, taker = self.session, self.session.local, self.layer.module, self.short
-        lazy: Callable[[torch.Tensor], torch.Tensor] = torch._lazy_clone
         plain = torch.Tensor
         ready = False  # learned on the long way: here snapshots share memory until somebody writes
 
         def short(module: nn.Module, args: Any, output: Any) -> Any:
             nonlocal ready
             log = local.log
-            if not ready or log is None or type(output) is not plain or graph_task() != -1:
+            if log is None or not ready or type(output) is not plain or graph_task() != -1 or module is not owner:
                 result = after(module, args, output)
                 ready = taker.shares
                 return result
-            if module is owner:
-                try:
-                    storage = output.untyped_storage()  # first: wrappers of torch.func refuse it
-                    kept = lazy(output.detach() if output.requires_grad else output)
-                    log((self, storage, kept, output._version if session.versions else -1))
-                except (RuntimeError, NotImplementedError):
-                    return after(module, args, output)
+            try:
+                storage = output.untyped_storage()  # first: wrappers of torch.func refuse it
+                if output.requires_grad:
+                    output = output.detach()
+                log((self, storage, output._lazy_clone(), output._version if session.versions else -1))
+            except (RuntimeError, NotImplementedError):
+                return after(module, args, output)
             return None
 
         return short
@@ -170,8 +169,9 @@ class Tap:
             pass_ = local.current or session.begin(module)
             if pass_ is None or not pass_.open:
                 return None
-            call, place = pass_.call(layer), len(pass_.stack)
-            pass_.stack.append((self, call, None))  # before user code: the forward hook finds it whatever that raises
+            call = pass_.call(layer)
+            entry = [self, call, None]
+            pass_.stack.append(entry)  # before user code: the forward hook finds it whatever that raises
             for edit in edits:
                 args, kwargs = _put(args, kwargs, edit(inputs(args, kwargs)))
                 edited = True
@@ -180,13 +180,13 @@ class Tap:
             if not pass_.open:  # an edit or observer left the probe
                 return (args, kwargs) if edited else None
             if wants_grad or by_module:
-                call.shape_in = shape(inputs(args, kwargs))
+                call.shape_in = shape(args[0] if len(args) == 1 else inputs(args, kwargs))
                 call.shape_kwargs = call.shape_in if kwargs and not args else shape(kwargs) if kwargs else {}
             if edits_grad and torch.is_grad_enabled():
                 args, kwargs = self._separate(call, pass_.handles, args, kwargs)
                 edited = True
             elif wants_grad and torch.is_grad_enabled():
-                pass_.stack[place] = (self, call, Edges(args, kwargs))
+                entry[2] = Edges(args, kwargs)
             if by_module:
                 self.tickets.append((_sequence_number(), weakref.ref(call), call.index, call.info))
             return (args, kwargs) if edited else None
@@ -222,7 +222,7 @@ class Tap:
                         return None  # the hooks were put on while the module ran
                     call, edges = popped
                     self.fired = True
-                    error = raised(module, output)
+                    error = None if output is not None else raised(module, output)
                     if error is not None:
                         stopped = isinstance(error, StopForward)
                         call.raised = "stop_after ended its forward" if stopped else "its forward raised an exception"
@@ -287,7 +287,7 @@ class Tap:
                         if view.base is not None:
                             whole: Any = tensor._base
                             handles.append(whole.grad_fn.register_prehook(Hook(view.at_base, call, path)))
-                    handles.append(tensor.register_hook(Hook(deliver, call, path)))
+                    handles.append(on_gradient_of(tensor, Hook(deliver, call, path)))
                     if edited:
                         _run_first(handles[-1])
 
@@ -612,4 +612,24 @@ def on_step(optimizer: torch.optim.Optimizer, before: Callable[..., Any], after:
 
 def on_gradient_of(tensor: torch.Tensor, hook: Hook) -> Any:
     """Put a hook on a tensor; the handle."""
-    return tensor.register_hook(hook)
+    node = tensor.grad_fn
+    if node is None or tensor._backward_hooks is not None or type(tensor) is not torch.Tensor:
+        return tensor.register_hook(hook)
+    # The first hook of a tensor is put on as register_hook would do it, but with a handle that costs a tenth of torch's.
+    hooks = tensor._backward_hooks = OrderedDict()
+    node._register_hook_dict(tensor)
+    hooks[_FirstHook.id] = hook
+    return _FirstHook(hooks)
+
+
+class _FirstHook(weakref.ref[Any]):
+    """The handle of a tensor's first hook: what is of use here of torch's ``RemovableHandle``."""
+
+    __slots__ = ()
+    id = -1  # torch counts from 0
+    hooks_dict_ref = weakref.ref.__call__
+
+    def remove(self) -> None:
+        hooks = self()
+        if hooks is not None:
+            hooks.pop(self.id, None)

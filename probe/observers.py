@@ -323,7 +323,7 @@ def _keep(pass_: Pass, kind: Kind, call: Call, value: Any, prefix: str = "") -> 
             storage = value.untyped_storage()
             small = storage.nbytes() <= 4 * value.nbytes + 4096
             if small and storage._cdata not in call.info.fixed and type(value._base) is not nn.Parameter:
-                kept = torch._lazy_clone(value.detach() if value.requires_grad else value)
+                kept = (value.detach() if value.requires_grad else value)._lazy_clone()
                 pass_.events.append((kind, call, prefix, kept, storage, version(value), None))
                 return kept
         except (RuntimeError, NotImplementedError):
@@ -364,11 +364,11 @@ def _take_grad_output(call: Call, path: str, gradient: torch.Tensor, number: int
     kept = snapshot(gradient)
     if kept is not None:
         backward = _backward(call, number)
-        backward.grad_output = {**(backward.grad_output or {}), path: kept}
+        backward.grad_output = {**backward.grad_output, path: kept} if backward.grad_output else {path: kept}
 
 
 def _take_grad_input(call: Call, path: str, gradient: torch.Tensor, number: int) -> None:
     kept = snapshot(gradient)
     if kept is not None:
         backward = _backward(call, number)
-        backward.grad_input = {**(backward.grad_input or {}), path: kept}
+        backward.grad_input = {**backward.grad_input, path: kept} if backward.grad_input else {path: kept}

@@ -67,7 +67,7 @@ def inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 def input_leaves(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, torch.Tensor]]:
     """`leaves` of a call's arguments, with the paths of `inputs`; keywords beside positionals are ``"kwargs.name"``."""
     if not kwargs or not args:
-        return leaves(inputs(args, kwargs))
+        return leaves(args[0] if len(args) == 1 else inputs(args, kwargs))
     named = [(f"kwargs{path}", tensor) for path, tensor in leaves(dict(kwargs))]
     return leaves(inputs(args, {})) + named
 
@@ -204,9 +204,10 @@ def snapshot(tensor: torch.Tensor, fixed: Container[int] = ()) -> torch.Tensor |
         try:
             storage = tensor.untyped_storage()  # refused where there is none, and by wrappers of torch.func
             small = storage.nbytes() <= 4 * tensor.nbytes + 4096
+            detached = tensor.detach() if tensor.requires_grad else tensor
             if small and storage._cdata not in fixed and type(tensor._base) is not torch.nn.Parameter:
-                return torch._lazy_clone(tensor.detach())
-            return tensor.detach().clone()
+                return detached._lazy_clone()  # the method costs less than the function
+            return detached.clone()
         except (RuntimeError, NotImplementedError):
             pass
     elif (shard := local(tensor)) is not tensor:
