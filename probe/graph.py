@@ -45,26 +45,26 @@ class Edges:
             For each input's edge that is consumed, its paths and ``(node, position among the node's inputs)`` of every
             node that does; and the paths of the inputs that are themselves among the outputs.
         """
+        own, since, tensor_type, accumulate = self.paths, self.since, torch.Tensor, _Accumulate
         ends = {edge(tensor) for _, tensor in outputs}
-        passed = [path for key, paths in self.paths.items() if key in ends for path in paths]
+        passed = [path for key, paths in own.items() if key in ends for path in paths]
         found: dict[tuple[Any, int], Consumers] = {}
         waiting = [node for node, _ in ends]
         for each in module.modules() if module._modules else (module,):
-            kept = [value for value in each.__dict__.values() if type(value) is torch.Tensor]
-            waiting.extend(value.grad_fn for value in kept if value.grad_fn is not None)
+            for value in each.__dict__.values():
+                if type(value) is tensor_type and value.grad_fn is not None:
+                    waiting.append(value.grad_fn)
         seen = set(waiting)
         while waiting:
             node = waiting.pop()
-            if node._sequence_nr() < self.since:
+            if node._sequence_nr() < since:
                 continue  # made before the call: what lies beyond is not this module's work
             for position, key in enumerate(node.next_functions):
+                if key in own:
+                    found.setdefault(key, (own[key], []))[1].append((node, position))
                 after = key[0]
-                if after is None:
-                    continue
-                paths = self.paths.get(key)
-                if paths is not None:
-                    found.setdefault(key, (paths, []))[1].append((node, position))
-                if after not in seen and type(after) is not _Accumulate:  # nothing lies beyond a leaf
+                # nothing lies beyond a leaf, or where no gradient goes
+                if after is not None and type(after) is not accumulate and after not in seen:
                     seen.add(after)
                     waiting.append(after)
         return list(found.values()), passed
