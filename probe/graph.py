@@ -51,9 +51,8 @@ class Edges:
         found: dict[tuple[Any, int], Consumers] = {}
         waiting = [node for node, _ in ends]
         for each in module.modules() if module._modules else (module,):
-            for value in each.__dict__.values():
-                if type(value) is tensor_type and value.grad_fn is not None:
-                    waiting.append(value.grad_fn)
+            kept = [value for value in each.__dict__.values() if type(value) is tensor_type]
+            waiting.extend(value.grad_fn for value in kept if value.grad_fn is not None)
         seen = set(waiting)
         while waiting:
             node = waiting.pop()

@@ -615,7 +615,7 @@ def on_gradient_of(tensor: torch.Tensor, hook: Hook) -> Any:
     node = tensor.grad_fn
     if node is None or tensor._backward_hooks is not None or type(tensor) is not torch.Tensor:
         return tensor.register_hook(hook)
-    # The first hook of a tensor is put on as register_hook would do it, but with a handle that costs a tenth of torch's.
+    # The first hook of a tensor is put on as register_hook does it, but with a handle that costs a tenth of torch's.
     hooks = tensor._backward_hooks = OrderedDict()
     node._register_hook_dict(tensor)
     hooks[_FirstHook.id] = hook

@@ -367,6 +367,31 @@ def test_recomputation_runs_inside_a_graph_task(reentrant: bool) -> None:
         assert not isinstance(nodes[1], torch.autograd.function.BackwardCFunction)
 
 
+def test_the_first_hook_of_a_tensor_is_like_any_other() -> None:
+    """What `on_gradient_of` puts on by itself runs, takes turns, outlives in-place operations and goes as torch's do."""
+    from probe.hooks import Hook, on_gradient_of
+
+    seen: list[str] = []
+    x = torch.ones(1, requires_grad=True)
+    y = x * 2
+    ours = on_gradient_of(y, Hook(lambda g: seen.append(f"ours {g.item():g}")))
+    y.register_hook(lambda g: seen.append("theirs"))
+    z = y.mul_(3)
+    second = on_gradient_of(z, Hook(lambda g: seen.append(f"after {g.item():g}")))
+    z.sum().backward(retain_graph=True)
+    assert seen == ["after 1", "ours 3", "theirs"]
+    ours.remove()
+    ours.remove()
+    second.remove()
+    seen.clear()
+    z.sum().backward()
+    assert seen == ["theirs"]
+    assert ours.hooks_dict_ref() is not None
+    del y, z
+    assert ours.hooks_dict_ref() is None
+    ours.remove()
+
+
 def test_hooks_go_with_the_graph() -> None:
     """``hooks_dict_ref`` of a handle dies with what it hooks: that is how handles of dead graphs are found."""
     x = torch.ones(1, requires_grad=True)
