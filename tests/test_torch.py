@@ -368,7 +368,7 @@ def test_recomputation_runs_inside_a_graph_task(reentrant: bool) -> None:
 
 
 def test_the_first_hook_of_a_tensor_is_like_any_other() -> None:
-    """What `on_gradient_of` puts on by itself runs, takes turns, outlives in-place operations and goes as torch's do."""
+    """What `on_gradient_of` puts on itself runs, takes turns, outlives in-place operations and goes as torch's do."""
     from probe.hooks import Hook, on_gradient_of
 
     seen: list[str] = []
