@@ -164,7 +164,7 @@ class Probe:
         try:
             self._close(None if stopped else error)
         except Exception as failure:
-            if error is None:
+            if error is None or stopped:
                 raise
             error.add_note(f"And while the probe was left: {failure!r}")
         if stopped:

@@ -459,6 +459,9 @@ def test_an_error_on_leaving_does_not_hide_the_users(tmp_path: Path, model: nn.M
         assert "ZeroDivisionError" in caught.value.__notes__[0]
         with pytest.raises(ZeroDivisionError), p:
             model(torch.randn(2, 4))
+        p.stop_after("0")
+        with pytest.raises(ZeroDivisionError), p:
+            model(torch.randn(2, 4))
     assert not hooked(model)
 
 
