@@ -712,6 +712,9 @@ def _last_call(session: weakref.ref[Session], log: weakref.ref[Receiver]) -> Non
         error = sys.exc_info()[1]
         if error is not None:
             receiver.leave(error)
+        error = sys.exc_info()[1]  # that which ends the writer's with-block
+        if error is not None and not isinstance(error, StopForward):
+            receiver.leave(error)
         receiver.end_step(live.step, stepped=bool(live.optimizers))
         receiver.close()
 

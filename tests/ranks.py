@@ -531,6 +531,26 @@ def check_a_rank_that_raises_is_an_error_on_all_ranks(folder: Path) -> None:
     assert bool(kept.runs) == (dist.get_rank() == 0)
 
 
+def check_a_board_that_closes_before_the_probe_is_left(folder: Path) -> None:
+    """The step that is open is merged then; where an exception closes the board, the other ranks are told."""
+    first, model = dist.get_rank() == 0, net()
+
+    def run(name: str, *, fails: bool) -> None:
+        board = Board(str(folder / name)) if first else contextlib.nullcontext()
+        with Probe(model, "0", kinds=Kind.OUTPUT) as p, board as writer:
+            p.log(writer, stats)
+            model(mine(batches()))
+            if fails and first:
+                raise ZeroDivisionError("mine")
+
+    run("whole", fails=False)
+    dist.barrier()
+    (file,) = (folder / "whole").glob("*.tfevents.*")
+    assert b"0/output/mean" in file.read_bytes()
+    with pytest.raises(ZeroDivisionError if first else RuntimeError, match="mine"):
+        run("failed", fails=True)
+
+
 def check_a_rank_that_does_not_come_is_an_error(folder: Path) -> None:
     """After half of the process group's time-out, and it says who is waited for; the late one is told, too."""
     dist.distributed_c10d._get_default_store().set_timeout(timedelta(seconds=2))
