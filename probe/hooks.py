@@ -450,6 +450,14 @@ def at_end_of_backward(function: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
+def after_backward(function: Callable[[], None]) -> None:
+    """Have `function` called after the backward pass: after all that is queued in it for its end.
+
+    Such is how DDP finishes averaging gradients, and FSDP hands them over: until then ``p.grad`` is not theirs.
+    """
+    at_end_of_backward(functools.partial(at_end_of_backward, function))
+
+
 def _collect(
     deliver: Deliver, call: Call, paths: list[str], position: int, grad_inputs: tuple[Any, ...], _: Any
 ) -> None:

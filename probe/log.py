@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +12,7 @@ import torch
 from probe import ranks, sketch
 from probe.calls import Call, Receiver
 from probe.capture import Capture, Embedding, Histogram, Image, Kind, Layer, ParameterKind, Scalar, Shown, Summary
-from probe.hooks import at_end_of_backward
+from probe.hooks import after_backward
 from probe.observers import quiet, tensor_taker
 from probe.ranks import Norm, Part
 from probe.sketch import Sketch
@@ -265,8 +264,7 @@ class Log(Receiver):
         def take_gradient(call: Call, path: str, gradient: torch.Tensor, backward: int) -> None:
             if backward != self._last_backward:
                 self._last_backward = backward
-                # at the end of the end: DDP and FSDP average and hand over gradients in such a callback of their own
-                at_end_of_backward(functools.partial(at_end_of_backward, self._measure_gradients))
+                after_backward(self._measure_gradients)
             take(call, path, gradient, backward)
 
         return take_gradient

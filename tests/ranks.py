@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from probe import Board, Capture, Image, Kind, ParameterKind, Probe, Scalar, histogram, sketch, stats
+from probe import Board, Capture, Image, Kind, ParameterKind, Probe, Scalar, health, histogram, sketch, stats
 from probe.hooks import Hook
 from probe.sketch import Sketch
 
@@ -455,6 +455,22 @@ def check_partial_sums_are_summed_first(folder: Path) -> None:
     assert torch.equal(p["0"].output, torch.full((3,), 1.0 + dist.get_rank()))
     if dist.get_rank() == 0:
         same(kept["0/output/histogram"], torch.full((3,), 3.0))
+
+
+def check_health_of_sharded_parameters(folder: Path) -> None:
+    """Each rank judges its own shards and batch; the first one's findings are written, by it alone."""
+    from tests.reading import scalars
+
+    model = shard(net(), meshes(2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e30)
+    with Board(folder / "runs") as board, Probe(model, optimizer=optimizer) as p:
+        p.log(board, *health.checks())
+        for _ in range(4):
+            step(model, optimizer, mine(batches()))
+    assert p.findings
+    dist.barrier()
+    assert len(list((folder / "runs").glob("*.tfevents.*"))) == 1
+    assert scalars(folder / "runs", "health/findings")
 
 
 def check_the_older_fsdp_is_refused(folder: Path) -> None:

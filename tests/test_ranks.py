@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from probe import ranks
-from probe.ranks import Meeting
+from probe._meeting import Meeting
+from probe.ranks import Part
 from tests.ranks import CHECKS
 
 ROOT = Path(__file__).parent.parent
@@ -113,9 +114,9 @@ def test_what_differs_is_told_to_all(store: Any) -> None:
 def test_a_rank_that_left_is_named_to_all(store: Any) -> None:
     """Whether they wait already or come later; afterwards they can meet again."""
     here, there = (Meeting(store, rank, 2) for rank in range(2))
-    there.leave("rank 1 left")
+    there.leave("rank 1 left\n for a reason")
     (error,) = together(lambda: here.agree(["step 0"]))
-    assert str(error) == "rank 1 left"
+    assert str(error) == "rank 1 left for a reason"
     assert together(lambda: here.agree(["step 1"]), lambda: there.agree(["step 1"])) == [None] * 2
     first, _ = together(lambda: here.agree(["step 2"]), lambda: there.leave("rank 1 left"))
     assert str(first) == "rank 1 left"
@@ -166,3 +167,44 @@ def test_where_ranks_add_up(config: str, candidates: list[str], expected: str, m
     monkeypatch.setattr(dist, "get_backend_config", lambda: config)
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)
     assert ranks._device([torch.device(each) for each in candidates]) == torch.device(expected)
+
+
+def parts(rank: int, dims: tuple[str, ...], placements: tuple[str, ...], *, replicated: bool) -> Part:
+    """What a rank of four, which form a mesh of two by two, has of a DTensor on some of the mesh's dimensions."""
+    fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    dist.init_process_group("fake", store=fake.FakeStore(), rank=rank, world_size=4)
+    try:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))[dims]
+        placed = [Replicate() if each == "R" else Shard(0) for each in placements]
+        tensor = DTensor.from_local(torch.ones(2, 3), mesh, placed, run_check=False)
+        local, part = ranks.part(tensor, replicated=replicated)
+        assert type(local) is torch.Tensor
+        assert local.shape == (2, 3)
+        return part
+    finally:
+        dist.destroy_process_group()
+
+
+OWN, COPY, WHOLE = Part.OWN, Part.COPY, Part.WHOLE
+
+
+@pytest.mark.parametrize(
+    ("dims", "placements", "replicated", "expected"),
+    [
+        (("a", "b"), ("S", "S"), True, [OWN, OWN, OWN, OWN]),
+        (("a", "b"), ("R", "S"), True, [OWN, OWN, COPY, COPY]),  # hybrid sharding
+        (("a", "b"), ("S", "R"), True, [OWN, COPY, OWN, COPY]),
+        (("a", "b"), ("R", "R"), True, [WHOLE] * 4),
+        (("b",), ("S",), True, [OWN, OWN, COPY, COPY]),  # tensor parallel, and replicas of it beside
+        (("b",), ("S",), False, [OWN] * 4),  # of activations these have other batches
+        (("b",), ("R",), False, [OWN, COPY, OWN, COPY]),
+    ],
+)
+def test_each_part_is_counted_once(
+    dims: tuple[str, ...], placements: tuple[str, ...], replicated: bool, expected: list[Part]
+) -> None:
+    """Shards add up over the dimensions that shard; of replicas one counts."""
+    assert [parts(rank, dims, placements, replicated=replicated) for rank in range(4)] == expected

@@ -18,8 +18,9 @@ from probe.findings import Finding, Findings
 from probe.graph import backward_of, version
 from probe.health import modules, vitals
 from probe.health.vitals import CallRecord, Fetch, ParameterRecord, PassRecord, Step, Vitals
-from probe.hooks import at_end_of_backward
+from probe.hooks import after_backward
 from probe.observers import Scene, quiet, tensor_taker
+from probe.tree import local
 
 Judge = Callable[[Sequence[Step]], Iterable[Finding]]
 """What a check is: from the last observed steps, the newest last, to what is wrong in the newest."""
@@ -108,7 +109,7 @@ class Doctor(Receiver):
             found = self._record(call, create=kind in Kind.INPUT | Kind.OUTPUT)
             if found is not None:
                 with quiet():
-                    measure(*found, kind, call, tensors)
+                    measure(*found, kind, call, [(path, local(tensor)) for path, tensor in tensors])
 
         take = tensor_taker(kind, deliver)
         if kind in Kind.INPUT | Kind.OUTPUT:
@@ -190,7 +191,7 @@ class Doctor(Receiver):
         if step is None:
             return
         step.losses += [each.clone() for each in backward_of(info.thread) if each.numel() == 1]
-        at_end_of_backward(lambda: self._read_gradients(step))
+        after_backward(lambda: self._read_gradients(step))
 
     # -- parameters ----------------------------------------------------------------------------------------------------
 
@@ -201,7 +202,7 @@ class Doctor(Receiver):
         step.read = True
         with quiet():
             present = [each for each in self._parameters.values() if each.tensor.grad is not None]
-            grads = [each.tensor.grad.detach() for each in present]  # type: ignore[union-attr]
+            grads = [local(each.tensor.grad.detach()) for each in present]  # type: ignore[union-attr]
             for each, grad, head in zip(present, grads, sketch.of_many(grads, histogram=False), strict=True):
                 record = step.parameter(each)
                 if head is not None:
@@ -226,7 +227,7 @@ class Doctor(Receiver):
             open_.record.rates[_group_name(prefix, at, group)] = rate
         with quiet():
             own = self._of(optimizer)
-            values = [each.tensor.detach() for each in own]
+            values = [local(each.tensor.detach()) for each in own]
             for each, value, head in zip(own, values, sketch.of_many(values, histogram=False), strict=True):
                 record = open_.parameter(each)
                 record.stepped = True
@@ -242,7 +243,7 @@ class Doctor(Receiver):
             return
         with quiet():
             own = [each for each in self._of(optimizer) if id(each.tensor) in self._before]
-            updates = [each.tensor.detach() - self._before.pop(id(each.tensor)) for each in own]
+            updates = [local(each.tensor.detach()) - self._before.pop(id(each.tensor)) for each in own]
             for each, update, head in zip(own, updates, sketch.of_many(updates, histogram=False), strict=True):
                 record = self._open[step].parameter(each)
                 if head is not None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from probe.capture import Layer
 from probe.health.vitals import is_plain
+from probe.tree import local
 
 Facts = dict[str, Any]
 
@@ -138,7 +139,7 @@ def row_facts(name: str, type_: type, rows: torch.Tensor) -> Facts:
 
 def rounding_facts(parameter: torch.Tensor, update: torch.Tensor) -> Facts:
     """Of a parameter in half precision: the share of elements with a gradient that the update left as they were."""
-    grad = parameter.grad
+    grad = None if parameter.grad is None else local(parameter.grad)
     if parameter.dtype not in (torch.float16, torch.bfloat16) or grad is None or not is_plain(grad):
         return {}
     return {"unmoved": ((update == 0) & (grad != 0)).sum() / (grad != 0).sum()}
