@@ -13,7 +13,7 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +27,7 @@ from probe.calls import Call, Receiver
 from probe.capture import Kind, Layer
 from probe.core import Probe, ProbeWarning
 from probe.hooks import Hook
+from probe.observers import Scene
 from probe.select import wrapped_attribute
 from probe.tree import input_leaves, leaves, storage_of
 
@@ -248,8 +249,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> l
     with warnings.catch_warnings():
         # A graph is of the eager model, and of what is called in it: neither needs to be said.
         warnings.simplefilter("ignore", ProbeWarning)
-        probe = Probe(model, "*", kinds=Kind.INPUT | Kind.OUTPUT, keep=0)
-        probe._session.receivers.append(tracer)  # calls without tensors count too, and an observer would not see them
+        probe = Probe(model, "*", kinds=Kind.INPUT | Kind.OUTPUT, observers=tracer)
         with _other_probes_off(model), _left_as_it_was(model, args, kwargs), probe, tracer:
             try:
                 model(*args, **kwargs)
@@ -260,7 +260,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> l
 
 
 class _Tracer(TorchDispatchMode, Receiver):
-    """Notes every operator; as a receiver of a probe, every call too."""
+    """Notes every operator; as a receiver of a probe every call too, also those without tensors."""
 
     supports_higher_order_operators = True
 
@@ -280,6 +280,10 @@ class _Tracer(TorchDispatchMode, Receiver):
         if fresh or written:
             self.events.append(Op(_operator_name(func), inputs, fresh + written))
         return result
+
+    @classmethod
+    def receiver(cls, members: Sequence[_Tracer], scene: Scene) -> Receiver:
+        return members[0]
 
     def taker(self, layer: Layer, kind: Kind) -> Callable[..., None] | None:
         module, name = layer.module, layer.name

@@ -149,7 +149,7 @@ class Probe:
             raise RuntimeError("this probe is already attached; leave its with-block first, or create another Probe")
         with contextlib.ExitStack() as stack:
             stack.callback(self._session.close)
-            if any(_is_compiled(module) for module in select.modules(self._session.model)):
+            if select.is_compiled(self._session.model):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
                 warnings.warn("the model is compiled; it runs eagerly while it is probed", ProbeWarning, stacklevel=2)
             self._session.optimizers.clear()
@@ -289,7 +289,9 @@ class Probe:
 
     # -- changing what flows -------------------------------------------------------------------------------------------
 
-    def edit(self, selector: Any, function: Callable[[Any], Any], on: Kind = Kind.OUTPUT) -> Edit:
+    def edit(
+        self, selector: Any, function: Callable[[Any], Any], on: Kind = Kind.OUTPUT, *, same_shape: bool = True
+    ) -> Edit:
         """Replace what flows: ``p.edit("features.3", lambda output: output * 0)``.
 
         Arguments:
@@ -298,6 +300,7 @@ class Probe:
                 for the gradient kinds it gets and returns one gradient tensor at a time. Later edits see earlier ones.
             on: which kinds. What is captured is what flows on, after the edit. For GRAD_INPUT the module is handed
                 copies of its inputs, so that its share of the gradient can be told from others'.
+            same_shape: False lets the function return something of another shape or structure, such as another batch.
 
         Returns:
             A handle with ``remove()``; it is also a context manager. Leaving the probe's block ends its effect.
@@ -315,7 +318,7 @@ class Probe:
         for layer in chosen:
             tap = self._tap(layer)
             for kind in on:
-                checked = _checked(function, layer, kind)
+                checked = _checked(function, layer, kind, same_shape)
                 tap.edits[kind] = (*tap.edits.get(kind, ()), checked)
                 added.append((tap, kind, checked))
         self._rebind()
@@ -566,10 +569,6 @@ def _remove(handles: list[Any]) -> None:
         handle.remove()
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or select.wrapped_attribute(module) == "_orig_mod"
-
-
 _OPTIMIZER_WRAPPERS = {  # where the class is, and its name
     "accelerate.optimizer": "AcceleratedOptimizer",
     "lightning.pytorch.core.optimizer": "LightningOptimizer",
@@ -719,7 +718,7 @@ def _last_call(session: weakref.ref[Session], log: weakref.ref[Receiver]) -> Non
         receiver.close()
 
 
-def _checked(function: Callable[[Any], Any], layer: Layer, kind: Kind) -> Callable[[Any], Any]:
+def _checked(function: Callable[[Any], Any], layer: Layer, kind: Kind, same_shape: bool) -> Callable[[Any], Any]:
     """The user's edit, with errors that name the layer."""
     where = f"the edit of {layer.name!r} on {kind.label}"
 
@@ -732,6 +731,8 @@ def _checked(function: Callable[[Any], Any], layer: Layer, kind: Kind) -> Callab
             raise
         if new is None and value is not None:
             raise TypeError(f"{where} returned None; return the value that is to flow on")
+        if not same_shape:
+            return new
         after = {path: (tuple(t.shape), t.dtype) for path, t in leaves(new)}
         if before.keys() != after.keys():
             raise TypeError(f"{where} returned tensors at {list(after)}, but the value has them at {list(before)}")

@@ -22,11 +22,11 @@ WORKS_INSIDE: tuple[type[nn.Module], ...] = (nn.MultiheadAttention,)
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _WRAPPERS = {
-    "torch.nn.parallel.data_parallel": {"DataParallel": "module"},
-    "torch.nn.parallel.distributed": {"DistributedDataParallel": "module"},
-    "torch.distributed.fsdp.fully_sharded_data_parallel": {"FullyShardedDataParallel": "_fsdp_wrapped_module"},
-    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper": {"CheckpointWrapper": "_checkpoint_wrapped_module"},
-    "torch._dynamo.eval_frame": {"OptimizedModule": "_orig_mod"},
+    ("torch.nn.parallel.data_parallel", "DataParallel"): "module",
+    ("torch.nn.parallel.distributed", "DistributedDataParallel"): "module",
+    ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"): "_fsdp_wrapped_module",
+    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "CheckpointWrapper"): "_checkpoint_wrapped_module",
+    ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",
 }
 
 
@@ -39,12 +39,20 @@ class NoSuchLayer(KeyError, ValueError):
 
 def wrapped_attribute(module: nn.Module) -> str | None:
     """The attribute under which a wrapper (DataParallel, DDP, FSDP, torch.compile) holds the user's module."""
-    for where, classes in _WRAPPERS.items():
-        loaded = sys.modules.get(where)
-        for name, attribute in classes.items():
-            if loaded is not None and isinstance(module, getattr(loaded, name, ())):
-                return attribute
+    for kind in type(module).__mro__:  # by name: to import them all would take longer than what they are needed for
+        attribute = _WRAPPERS.get((kind.__module__, kind.__name__))
+        if attribute is not None:
+            return attribute
     return None
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether any part of the model would run as compiled code, past its hooks."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return dynamo is not None and any(
+        module._compiled_call_impl is not None or isinstance(module, dynamo.OptimizedModule)
+        for module in modules(model)
+    )
 
 
 def layers(model: nn.Module) -> list[Layer]:
@@ -55,7 +63,7 @@ def layers(model: nn.Module) -> list[Layer]:
     """
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
-    for name, module in _walk(model, "", ()):
+    for name, module in _walk(model):
         if wrapped_attribute(module) is None or id(module) == id(model):
             modules.setdefault(id(module), module)
             if name not in names.setdefault(id(module), []):
@@ -65,20 +73,28 @@ def layers(model: nn.Module) -> list[Layer]:
     return [Layer(tuple(names[key]), module) for key, module in modules.items()]
 
 
-def _walk(module: nn.Module, name: str, above: tuple[int, ...]) -> Iterator[tuple[str, nn.Module]]:
-    yield name, module
-    if id(module) in above:
-        return  # a module that contains itself
-    hidden = wrapped_attribute(module)
-    for key, child in module._modules.items():
-        if child is not None:
-            inner = name if key == hidden else f"{name}.{key}" if name else key
-            yield from _walk(child, inner, (*above, id(module)))
+def _walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every place of every module, with the name there, the root first."""
+    found: list[tuple[str, nn.Module]] = []
+
+    def visit(module: nn.Module, name: str, above: tuple[int, ...]) -> None:
+        found.append((name, module))
+        children = module._modules
+        if not children or id(module) in above:  # a leaf, or a module that contains itself
+            return
+        hidden = wrapped_attribute(module)
+        for key, child in children.items():
+            if child is not None:
+                inner = name if key == hidden else f"{name}.{key}" if name else key
+                visit(child, inner, (*above, id(module)))
+
+    visit(model, "", ())
+    return found
 
 
 def modules(model: nn.Module) -> list[nn.Module]:
     """Every module, wrappers too, the root first: ``model.modules()`` also for modules that cannot be hashed."""
-    return list({id(module): module for _, module in _walk(model, "", ())}.values())
+    return list({id(module): module for _, module in _walk(model)}.values())
 
 
 def ancestors(model: nn.Module, chosen: Iterable[nn.Module]) -> list[nn.Module]:

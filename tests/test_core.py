@@ -683,6 +683,18 @@ def test_edits_of_structured_values() -> None:
         assert type(p["inner"].output) is type(out)
 
 
+def test_an_edit_may_change_the_shape_where_it_says_so(net: nn.Module, x: torch.Tensor) -> None:
+    """Another batch flows on; what is captured is what flows."""
+    with Probe(net, "1") as p:
+        p.edit("1", lambda value: value[:1], same_shape=False)
+        y = net(x)
+    assert len(y) == len(p["1"].output) == 1
+    with Probe(net, "1") as p:
+        p.edit("1", lambda value: None, same_shape=False)
+        with pytest.raises(TypeError, match="returned None"):
+            net(x)
+
+
 def test_edits_of_every_call_of_a_shared_module() -> None:
     """A module that is called three times is edited three times."""
     model, x = zoo.Shared(), torch.randn(2, 4)
