@@ -50,7 +50,7 @@ RANDOM = {"smooth_grad_cam_pp", "ss_cam"}
 
 quiet = pytest.mark.filterwarnings(
     "ignore:.*nowhere positive.*:UserWarning",
-    "ignore:.*is zero for.*:UserWarning",
+    "ignore:.*is zero (for|everywhere).*:UserWarning",
     "ignore:.*train mode.*:UserWarning",
     "ignore:.*is not the average.*:UserWarning",
     "ignore:FullGrad.*train mode.*:UserWarning",
@@ -642,6 +642,15 @@ def test_no_layer_chooses_the_last_one_with_space_and_says_which() -> None:
     assert torch.equal(found, cam.explain(model, x, layer="act", target=1, method=cam.layer_cam))
 
 
+@quiet
+def test_no_layer_passes_over_a_container_that_ends_in_a_pooling() -> None:
+    """Whether the convolutions stand in a container or not, the map is that from before the pooling."""
+    layers = [nn.Conv2d(2, 4, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+    model = nn.Sequential(nn.Sequential(*layers), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    with pytest.warns(UserWarning, match=r"explaining '0\.1'"):
+        assert cam.explain(model, torch.randn(2, 2, 8, 8), target=1).shape == (2, 6, 6)
+
+
 def test_no_layer_of_a_vit_is_the_last_blocks_first_norm() -> None:
     model, x = Vit().eval(), torch.randn(3, 2, 12, 8)
     with pytest.warns(UserWarning, match=r"explaining 'blocks\.1\.norm1'"):
@@ -790,6 +799,15 @@ def test_a_zero_gradient_names_cause_and_cure() -> None:
     net = Net().eval()
     with pytest.warns(UserWarning, match="the score is flat"):
         cam.explain(net, x, layer="act", target=lambda output: output[:, 0] * 0)
+
+
+def test_a_map_of_a_dead_layer_is_told() -> None:
+    model, x, _ = model_for("grad_cam")
+    with torch.no_grad():
+        model.conv2.weight.zero_()
+        model.conv2.bias.zero_()
+    with pytest.warns(UserWarning, match="map of sample 0, 1, 2 is zero everywhere: all of layer 'conv2' is zero"):
+        cam.explain(model, x, layer="conv2", target=0, method=cam.fem)
 
 
 def test_a_map_without_anything_positive_is_told() -> None:
@@ -1052,3 +1070,34 @@ def test_attention_methods_say_where_they_do_not_apply() -> None:
 
     with pytest.raises(ValueError, match="the same tokens"):
         cam.explain(Windows().eval(), torch.randn(2, 2, 12, 8), method=cam.attention_rollout)
+
+
+class Text(nn.Module):
+    """A transformer on whole numbers, which carry no gradient and have no picture's size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(20, 8), nn.Linear(8, 3)
+        self.blocks = nn.ModuleList([Block(8), Block(8)])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x[:, 0])
+
+
+def test_attention_methods_explain_text() -> None:
+    model, ids = Text().eval(), torch.randint(0, 20, (2, 7))
+    x, rollout = model.embedding(ids), torch.eye(7)
+    for block in model.blocks:
+        y = block.norm1(x)
+        rollout = (0.5 * block.attention(y, y, y)[1] + 0.5 * torch.eye(7)) @ rollout
+        x = block(x)
+    found = cam.explain(model, ids, target=1, method=cam.attention_rollout)
+    torch.testing.assert_close(found, rollout.mean(1).detach())
+    relevance = cam.explain(model, ids=ids, target=1, method=cam.legrad)
+    assert relevance.shape == (2, 7)
+    assert bool(relevance.any())
+    with pytest.raises(ValueError, match="they are frozen"):
+        cam.explain(model.requires_grad_(False), ids, target=1, method=cam.legrad)

@@ -12,7 +12,7 @@ from sklearn.decomposition import KernelPCA
 from torch import Tensor
 
 from probe import cam
-from probe.cam.methods import resize
+from probe.cam.methods.arithmetic import resize
 
 PAIRS = [
     cam.grad_cam, cam.grad_cam_pp, cam.xgrad_cam, cam.layer_cam, cam.hires_cam, cam.grad_cam_elementwise,

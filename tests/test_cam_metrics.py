@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from probe import cam
-from probe.cam import metrics
+from probe.cam import fill, metrics, sanity
 
 
 class Corner(nn.Module):
@@ -77,7 +77,7 @@ def test_average_drop_and_increase_in_confidence() -> None:
 def test_imputed_pixels_are_the_weighted_mean_of_their_neighbours() -> None:
     images = torch.rand(2, 3, 9, 11)
     hole = torch.rand(2, 9, 11) < 0.6
-    filled = metrics.impute(images, hole)
+    filled = fill.impute(images, hole)
     assert torch.equal(filled.movedim(1, -1)[~hole], images.movedim(1, -1)[~hole])
     padded, ones = (nn.functional.pad(each, (1, 1, 1, 1)) for each in (filled, torch.ones(1, 1, 9, 11)))
     mean, weight = torch.zeros_like(filled), torch.zeros(1, 1, 9, 11)
@@ -88,7 +88,7 @@ def test_imputed_pixels_are_the_weighted_mean_of_their_neighbours() -> None:
             weight += share * ones[:, :, 1 + i : 10 + i, 1 + j : 12 + j]
     error = (filled - mean / weight).abs().amax(1)[hole]
     assert float(error.max()) < 1e-4
-    constant = metrics.impute(torch.full((1, 1, 6, 6), 0.7), torch.rand(1, 6, 6) < 0.8)
+    constant = fill.impute(torch.full((1, 1, 6, 6), 0.7), torch.rand(1, 6, 6) < 0.8)
     torch.testing.assert_close(constant, torch.full((1, 1, 6, 6), 0.7))
 
 
@@ -148,7 +148,7 @@ def test_rank_correlation_is_scipys(count: int, seed: int) -> None:
 
     generator = torch.Generator().manual_seed(seed)
     a, b = (torch.randint(0, 4, (1, count), generator=generator).double() for _ in range(2))
-    found = float(metrics.rank_correlation(a, b))
+    found = float(sanity.rank_correlation(a, b))
     if a.unique().numel() > 1 and b.unique().numel() > 1:
         assert found == pytest.approx(spearmanr(a[0], b[0]).statistic, abs=1e-6)
     else:
@@ -188,7 +188,7 @@ def test_on_a_trained_network_the_heat_lies_on_the_stroke(reader: tuple[nn.Modul
     assert float(good) > float(bad) + 0.1
 
 
-@pytest.mark.filterwarnings("ignore:.*nowhere positive.*:UserWarning", "ignore:.*is zero for.*:UserWarning")
+@pytest.mark.filterwarnings("ignore:layer=None.*:UserWarning")
 def test_the_sanity_check_randomises_from_the_top_in_a_copy(reader: tuple[nn.Module, Tensor, Tensor]) -> None:
     """Grad-CAM changes with the weights; a map of the image alone does not, and is found out."""
     model, x, _ = reader
@@ -198,6 +198,8 @@ def test_the_sanity_check_randomises_from_the_top_in_a_copy(reader: tuple[nn.Mod
     assert rows[-1][1] < 0.7
     assert "6" in str(rows)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for layer in (model[3], None):
+        assert cam.sanity_check(model, x[:20], layer=layer) == rows
     fake = cam.sanity_check(model, x[:20], layer="3", method=lambda activation: x[:20, 0])
     assert [value for _, value in fake] == pytest.approx([1.0, 1.0, 1.0])
 

@@ -6,44 +6,34 @@ from probe.cam import targets
 from probe.cam.compare import Comparison, compare, grad_cam_summary
 from probe.cam.explain import explain
 from probe.cam.layout import AmbiguousLayout, Layout
-from probe.cam.methods import (
-    ablation_cam,
-    attention_rollout,
+from probe.cam.methods.component import eigen_cam, eigen_grad_cam, fem, kpca_cam
+from probe.cam.methods.gradient import (
     cam,
-    eigen_cam,
-    eigen_grad_cam,
-    fem,
     finer_cam,
-    full_grad,
     grad_cam,
     grad_cam_elementwise,
     grad_cam_pp,
-    guided_grad_cam,
     hires_cam,
-    is_cam,
-    kpca_cam,
     layer_cam,
-    legrad,
-    score_cam,
     shapley_cam,
     smooth_grad_cam_pp,
-    ss_cam,
     xgrad_cam,
 )
+from probe.cam.methods.network import attention_rollout, full_grad, guided_grad_cam, legrad
+from probe.cam.methods.score import ablation_cam, is_cam, score_cam, ss_cam
 from probe.cam.metrics import (
     average_drop,
     deletion,
-    energy_pointing_game,
     increase_in_confidence,
     infidelity,
     insertion,
-    pointing_game,
     road,
-    sanity_check,
     sensitivity,
 )
 from probe.cam.picture import IMAGENET_MEAN, IMAGENET_STD, fuse, grid, overlay
-from probe.cam.run import At
+from probe.cam.pointing import energy_pointing_game, pointing_game
+from probe.cam.sanity import sanity_check
+from probe.cam.spot import At
 
 __all__ = [
     "IMAGENET_MEAN",

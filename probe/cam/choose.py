@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,12 @@ from torch import Tensor
 from probe.cam import layout as layouts
 from probe.cam import targets
 from probe.cam.layout import AmbiguousLayout, Layout
-from probe.cam.run import Run, pick
+from probe.cam.run import Run
+from probe.cam.spot import pick
 from probe.capture import Kind, Layer
 
 _MOST = 6
+_POOLING = re.compile(r"pool(ing)?(\dd)?(same)?$")  # nn.MaxPool2d, timm's AvgPool2dSame, but not a PoolFormer's layers
 
 
 @dataclass(eq=False)
@@ -24,6 +27,7 @@ class _Row:
 
     layer: Layer
     shape: tuple[int, ...]
+    pooled: bool  # a pooling, or a container that ends in one
 
     @property
     def type(self) -> str:
@@ -33,22 +37,27 @@ class _Row:
 def candidates(run: Run) -> list[str]:
     """Names of layers worth explaining, the best first.
 
-    The last layer with space before the pooling; where only tokens are left by then, the norm in front of the last
+    The last layer with space before the last pooling; where only tokens are left by then, the norm in front of the last
     attention: behind that attention, nothing flows from the patches to a class token any more.
 
     Raises:
         ValueError: no layer has space.
     """
     rows: list[_Row] = []
+    pooled: Tensor | None = None
 
     def noting(layer: Layer) -> Any:
+        pools = _POOLING.search(type(layer.module).__name__.lower()) is not None
+
         def note(output: Any) -> Any:
+            nonlocal pooled
             try:
                 _, tensor = pick(output, None, run.batch)
             except ValueError:
                 return output
+            pooled = tensor if pools else pooled
             if run.batch in tensor.shape[: 2 if tensor.dim() == 3 else 1]:  # else regions of interest, windows, ...
-                rows.append(_Row(layer, tuple(tensor.shape)))
+                rows.append(_Row(layer, tuple(tensor.shape), tensor is pooled))
             return output
 
         return note
@@ -80,9 +89,9 @@ def _before(rows: list[_Row], attention: int) -> list[_Row]:
 
 def _has_space(run: Run, row: _Row) -> bool:
     """Whether a layer returned a map with more than one position that is neither pooled nor the logits themselves."""
-    if "pool" in row.type or len(row.shape) < 3:
+    if row.pooled or len(row.shape) < 3:
         return False
-    dims = {len(size) for tensor in run.tensors if (size := layouts.input_size(tensor, run.batch))}
+    dims = {len(size) for tensor in run.inputs.tensors if (size := layouts.input_size(tensor, run.batch))}
     if dims and len(row.shape) != 3 and len(row.shape) - 2 not in dims:
         return False  # heads, windows
     try:
@@ -100,7 +109,7 @@ def _layout(run: Run, row: _Row) -> Layout:
     """
     return layouts.infer(
         row.shape,
-        inputs=run.tensors,
+        inputs=run.inputs.tensors,
         batch=run.batch,
         module=row.layer.module,
         model=run.model,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from probe import image
 from probe.cam import metrics
-from probe.cam.explain import LayerSpec, Method, Target, explain, method_name
-from probe.cam.methods import grad_cam, grad_cam_pp, hires_cam, layer_cam
+from probe.cam.explain import LayerSpec, Method, Target, by_name, explain, fixed_layer, method_name
+from probe.cam.methods.gradient import grad_cam, grad_cam_pp, hires_cam, layer_cam
 from probe.cam.picture import grid, magnified, overlay
 from probe.cam.run import Run
 from probe.cam.state import silent, untouched
@@ -92,6 +92,7 @@ def compare(
         run = Run(model, (images,), {}, target, batch_size)
         run.forward_plain()
         fixed = run.score.index if isinstance(run.score, Classes) else target
+    layer = fixed_layer(model, images, layer, fixed)
     rows: list[ComparisonRow] = []
     maps: dict[str, Tensor] = {}
     for method in methods:
@@ -136,14 +137,13 @@ def grad_cam_summary(
     """Watch what a model looks at while it learns: ``p.log(board, cam.grad_cam_summary(model, images),
     layers="conv2")``.
 
-    Each time the training step is logged, a fixed batch of images is explained by a copy of the model in eval mode, so
-    that the run being observed is not disturbed. The summary acts on the first capture of a step, whatever layer it is
-    of: log it with one layer.
+    On each step that is logged, a fixed batch of images is explained by a copy of the model in eval mode, so that the
+    run being observed is not disturbed. Every layer that it is logged with shows the same picture: log it with one.
 
     Arguments:
         model: the model that is being trained.
         images: ``[B, 1 or 3, H, W]``, on the model's device.
-        layer, target, method: as for `explain`.
+        layer, target, method: as for `explain`; the layer of ``layer=None`` is chosen the first time.
         colormap, alpha: as for `overlay`.
         nrow: pictures in a row.
 
@@ -151,18 +151,19 @@ def grad_cam_summary(
         a summary that yields one `Image`, the overlays side by side, tagged with the method's name. Small images are
         enlarged.
     """
-    last: int | None = None
     shown = magnified(images, _LEAST)
+    at = None if layer is None else by_name(model, layer)
+    drawn: tuple[int, Tensor] | None = None
 
     def summary(capture: Capture) -> Iterator[Image]:
-        nonlocal last
-        if capture.step == last:
-            return
-        last = capture.step
-        twin = copy.deepcopy(model).eval()  # without live hooks: a probe's hooks copy as inert ones
-        with silent():  # an untrained model has blank maps, and the picture shows it
-            maps = explain(twin, images, layer=layer, target=target, method=method)
-        yield Image(method_name(method), image.grid(overlay(shown, maps, colormap, alpha), nrow=nrow))
+        nonlocal at, drawn
+        if drawn is None or drawn[0] != capture.step:
+            twin = copy.deepcopy(model).eval()  # without live hooks: a probe's hooks copy as inert ones
+            with silent():  # an untrained model has blank maps, and the picture shows it
+                at = fixed_layer(twin, images, at, target)
+                maps = explain(twin, images, layer=at, target=target, method=method)
+            drawn = capture.step, image.grid(overlay(shown, maps, colormap, alpha), nrow=nrow)
+        yield Image(method_name(method), drawn[1])
 
     summary.kinds = Kind.OUTPUT  # type: ignore[attr-defined]  # all that it is to be called with
     return summary

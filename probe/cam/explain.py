@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -12,14 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from probe import tree
+from probe import select, tree
 from probe.cam import choose
 from probe.cam.attention import AttentionWeights
-from probe.cam.ingredients import GRADIENTS, LAYERLESS, SCORED, Ingredients, layout_of
-from probe.cam.methods import grad_cam
-from probe.cam.run import At, Progress, Run, Spot, is_compiled
+from probe.cam.ingredients import GRADIENTS, LAYERLESS, NAMES, SCORED, Ingredients, layout_of
+from probe.cam.methods.gradient import grad_cam
+from probe.cam.perturb import Progress
+from probe.cam.run import Run
+from probe.cam.spot import At, Spot
 from probe.cam.state import untouched, warn, warn_if_training
 from probe.cam.targets import Classes, Score
+from probe.cam.tell import tell
 from probe.capture import Kind
 
 Method = Callable[..., Tensor]
@@ -80,24 +84,41 @@ def explain(
         raise TypeError(f"explain takes an nn.Module, not {type(model).__name__}")
     several = isinstance(layer, (list, tuple))
     with _quietly(model, tree.input_leaves(inputs, inputs_by_name)):
-        warn_if_training(model, "explaining")
         run = Run(model, inputs, inputs_by_name, target, batch_size)
+        warn_if_training(run.every, "explaining")
         if needs & LAYERLESS and "activation" not in needs:
             maps = [_layerless(run, method, needs, progress)] * (len(layer) if several else 1)  # type: ignore[arg-type]
+            tell(maps[0], method_name(method), run, None, None)
         else:
             layers = list(layer) if several else [layer]  # type: ignore[arg-type]
             if not layers:
                 raise ValueError("layer=[] names no layer; give names, or None to have one chosen")
             spots, gradients = _look(run, layers, call, needs)
-            maps = [
-                _map(run, spot, gradient, method, needs, progress)
-                for spot, gradient in zip(spots, gradients, strict=True)
-            ]
-            _tell(spots, gradients, run)
-        _tell_maps(maps, method)
+            maps = []
+            for spot, gradient in zip(spots, gradients, strict=True):
+                maps.append(_map(run, spot, gradient, method, needs, progress))
+                tell(maps[-1], method_name(method), run, spot, gradient)
         for note in run.notes:
             warn(note)
     return maps if several else maps[0]
+
+
+def fixed_layer(model: nn.Module, images: Tensor, layer: LayerSpec | None, target: Target) -> LayerSpec:
+    """`layer` so that it means the same in later runs and in copies of the model: by name; None is chosen now."""
+    if layer is not None:
+        return by_name(model, layer)
+    with _quietly(model, [("", images)]):
+        run = Run(model, (images,), {}, target, len(images))
+        return _choose(run, None, requirements(grad_cam), [])[0][0].name
+
+
+def by_name(model: nn.Module, layer: LayerSpec) -> LayerSpec:
+    """`layer` by its name, where it was given as a module."""
+    at = layer if isinstance(layer, At) else At(layer)
+    if isinstance(at.layer, str):
+        return layer
+    name = select.match(select.layers(model), at.layer)[0].name
+    return dataclasses.replace(at, layer=name)
 
 
 def requirements(method: Method) -> frozenset[str]:
@@ -114,12 +135,11 @@ def requirements(method: Method) -> frozenset[str]:
         if parameter.default is parameter.empty
         and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     )
-    known = {name for name in dir(Ingredients) if not name.startswith("_")}
-    unknown = sorted(needs - known)
+    unknown = sorted(needs - NAMES)
     if unknown or not needs:
         what = f"asks for {', '.join(map(repr, unknown))}" if unknown else "asks for nothing"
         raise TypeError(
-            f"{method_name(method)} {what}; the parameters of a method are among {', '.join(sorted(known))}"
+            f"{method_name(method)} {what}; the parameters of a method are among {', '.join(sorted(NAMES))}"
         )
     return needs
 
@@ -128,7 +148,7 @@ def requirements(method: Method) -> frozenset[str]:
 def _quietly(model: nn.Module, inputs: list[tuple[str, Tensor]]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(untouched(model, [tensor for _, tensor in inputs]))
-        if is_compiled(model):  # the probe says so
+        if select.is_compiled(model):  # the probe says so
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
@@ -232,44 +252,3 @@ def method_name(method: Method) -> str:
     while isinstance(method, functools.partial):
         method = method.func
     return getattr(method, "__name__", type(method).__name__)
-
-
-def _tell(spots: list[Spot], gradients: list[Tensor | None], run: Run) -> None:
-    """Warn of gradients that are zero all over."""
-    for spot, gradient in zip(spots, gradients, strict=True):
-        if gradient is None:
-            continue
-        layout = layout_of(run, spot)
-        flat = layout.channels_first(gradient.detach()).flatten(1)
-        zero = (flat == 0).all(1).nonzero().flatten().tolist()
-        if zero:
-            behind_attention = layout.kind == "tokens" and bool(gradient.any())
-            cause = (
-                "from here on only the tokens in front feed the output: choose the first norm of the last block"
-                if behind_attention
-                else "the score is flat there (weights that are zero, dead ReLUs, a saturated probability): choose "
-                "another layer or target"
-            )
-            warn(f"the gradient at layer {spot.name!r} is zero for sample {_some(zero)}, and so is the map; {cause}")
-
-
-def _tell_maps(maps: list[Tensor], method: Method) -> None:
-    """Warn of maps that are not finite, and of maps with nothing positive in them."""
-    for each in dict.fromkeys(maps):
-        flat = each.flatten(1)
-        infinite = (~flat.isfinite()).any(1)
-        negative = (flat.amax(1) <= 0) & (flat.amin(1) < 0)
-        flags = torch.stack([infinite, negative]).tolist()
-        broken, dark = ([i for i, flag in enumerate(row) if flag] for row in flags)
-        if broken:
-            warn(f"the map of sample {_some(broken)} is not finite: look for NaN or Inf in the model's activations")
-        if dark:
-            warn(
-                f"the {method_name(method)} map of sample {_some(dark)} is nowhere positive and would be drawn "
-                "blank: all it shows is evidence against the target. Take another target or layer, or draw -maps"
-            )
-
-
-def _some(samples: list[int]) -> str:
-    shown = ", ".join(map(str, samples[:5]))
-    return shown if len(samples) <= 5 else f"{shown} and {len(samples) - 5} more"

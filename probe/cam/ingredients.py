@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -15,8 +16,10 @@ from probe.cam import attention as attentions
 from probe.cam import layout as layouts
 from probe.cam import targets
 from probe.cam.layout import Layout
-from probe.cam.methods import Rows
-from probe.cam.run import Progress, Run, Spot, hand_on, pick, swap
+from probe.cam.methods.score import Rows
+from probe.cam.perturb import Progress, cheapest_trunk, masked, replaced, score_rows
+from probe.cam.run import Run
+from probe.cam.spot import Spot, hand_on, pick, swap
 from probe.capture import Kind
 
 GRADIENTS = frozenset({"gradient", "hessian_product", "gradient_of"})
@@ -92,11 +95,11 @@ class Ingredients:
 
     def noisy_gradient(self, noise: float) -> Tensor:
         """Gradient at the layer for the input plus Gaussian noise of deviation ``noise * (max - min)``."""
-        image, _, _ = self._run.image()
+        image, _, _ = self._run.inputs.image()
         flat = image.flatten(1)
         deviation = noise * (flat.amax(1) - flat.amin(1)).view(-1, *[1] * (image.dim() - 1))
         assert self._spot is not None
-        other = self._run.like(*self._run.with_image(image + deviation * torch.randn_like(image)))
+        other = self._run.like(*self._run.inputs.with_image(image + deviation * torch.randn_like(image)))
         spot = Spot(self._spot.at, self._spot.layer, self._spot.call)
         other.graph([spot])
         return self._front(other.gradients([spot])[0])
@@ -119,28 +122,28 @@ class Ingredients:
     @cached_property
     def size(self) -> tuple[int, ...]:
         """Spatial size of the input."""
-        return self._run.image()[1]
+        return self._run.inputs.image()[1]
 
     def masked_score(self, masks: Rows, count: int, probability: bool = False) -> Tensor:
         """Scores ``[B, count]`` of the input times masks; ``masks(slice)`` makes some, ``[B, len(slice), *size]``."""
-        return self._scores(masks, count, self._run.masked, probability)
+        return self._scores(masks, count, functools.partial(masked, self._run), probability)
 
     def replaced_score(self, activations: Rows, count: int) -> Tensor:
         """Scores ``[B, count]`` when the layer returns other activations, ``[B, len(slice), C, *spatial]``."""
         run, spot, layout = self._run, self._spot, self.layout
         assert spot is not None
         native, axis = self._value.detach(), layout.batch
-        trunk = run.cheapest_trunk(spot, axis)
+        trunk = cheapest_trunk(run, spot, axis)
 
         def output(rows: Tensor, samples: Tensor) -> Any:
             like = native.index_select(axis, samples.to(native.device))
-            return run.head(spot, layout.restore(rows.to(native.dtype), like), samples, trunk)
+            return replaced(run, spot, layout.restore(rows.to(native.dtype), like), samples, trunk)
 
         return self._scores(activations, count, output, False)
 
     def _scores(self, make: Rows, count: int, output_of: Callable[[Tensor, Tensor], Any], probability: bool) -> Tensor:
-        return self._run.score_rows(
-            make, count, output_of, probability=probability, sample=self._sample, progress=self._progress
+        return score_rows(
+            self._run, make, count, output_of, probability=probability, sample=self._sample, progress=self._progress
         )
 
     # -- the model -----------------------------------------------------------------------------------------------------
@@ -185,7 +188,7 @@ class Ingredients:
         if not guided.found:
             raise ValueError("guided back-propagation changes ReLUs, and this model has none: use cam.grad_cam")
         (gradient,) = _input_gradients(other, [leaf])
-        return gradient.movedim(-1, 1) if self._run.image()[2] else gradient
+        return gradient.movedim(-1, 1) if self._run.inputs.image()[2] else gradient
 
     @cached_property
     def full_gradients(self) -> list[Tensor]:
@@ -214,7 +217,7 @@ class Ingredients:
         )
         at_input, *gradients = _input_gradients(other, [leaf, *(output for _, output in seen)])
         terms = [leaf.detach() * at_input]
-        terms = [term.movedim(-1, 1) for term in terms] if self._run.image()[2] else terms
+        terms = [term.movedim(-1, 1) for term in terms] if self._run.inputs.image()[2] else terms
         for (bias, output), gradient in zip(seen, gradients, strict=True):
             if output.dim() == leaf.dim():
                 terms.append(gradient * bias.view(1, -1, *[1] * (output.dim() - 2)))
@@ -239,22 +242,27 @@ class Ingredients:
             return swap(output, tensor, hand_on(tensor))
 
         with attentions.AttentionWeights(run.batch) as seen:
-            _, other = self._from_input()
+            other = self._from_input()[1] if run.inputs.has_image else run.like(run.inputs.args, run.inputs.kwargs)
             other.forward([], graph=False, whole=True, watch=[(block, note, Kind.OUTPUT) for block in blocks])
         assert other.scores is not None
         assert run.score is not None
         (last,) = other.spots([blocks[-1]], None)
         last.value = tokens[-1]
         axis = 0 if len(tokens[-1]) == run.batch else 1
-        trunk = other.cheapest_trunk(last, axis) if count > 1 else "all"
+        trunk = cheapest_trunk(other, last, axis) if count > 1 else "all"
         samples = torch.arange(run.batch)
         found = []
         for edge, value in zip(seen.edges, tokens, strict=True):
             score = other.scores
             if value is not tokens[-1]:
-                output = other.head(last, value, samples, trunk if trunk == "empty" else "all")
+                output = replaced(other, last, value, samples, trunk if trunk == "empty" else "all")
                 with torch.enable_grad():
                     score = run.score(output)
+            if isinstance(edge, Tensor) and not edge.requires_grad:
+                raise ValueError(
+                    "LeGrad needs a graph that reaches the attention: with inputs that are whole numbers it starts at "
+                    "the parameters, and they are frozen; unfreeze the embedding, requires_grad_(True)"
+                )
             with torch.enable_grad():
                 (gradient,) = torch.autograd.grad(score.float().sum(), edge, retain_graph=True)
             found.append(gradient.reshape(run.batch, -1, *gradient.shape[-2:]))
@@ -274,11 +282,15 @@ class Ingredients:
 
     def _from_input(self) -> tuple[Tensor, Run]:
         """A leaf with the image's values, and a run of the same explanation that starts there."""
-        image, _, _ = self._run.image()
+        image, _, _ = self._run.inputs.image()
         leaf = image.detach().clone().requires_grad_()
         with torch.enable_grad():
-            other = self._run.like(*self._run.with_image(hand_on(leaf)))
+            other = self._run.like(*self._run.inputs.with_image(hand_on(leaf)))
         return leaf, other
+
+
+NAMES = frozenset(name for name in vars(Ingredients) if not name.startswith("_"))
+"""What there is to ask for."""
 
 
 def layout_of(run: Run, spot: Spot) -> Layout:
@@ -288,7 +300,7 @@ def layout_of(run: Run, spot: Spot) -> Layout:
     assert spot.value is not None
     return layouts.infer(
         spot.value.shape,
-        inputs=run.tensors,
+        inputs=run.inputs.tensors,
         batch=run.batch,
         module=spot.layer.module,
         model=run.model,
@@ -297,7 +309,9 @@ def layout_of(run: Run, spot: Spot) -> Layout:
 
 
 def _token_layout(run: Run, tokens: int) -> Layout:
-    _, size, _ = run.image()
+    if not run.inputs.has_image:  # text: every token is a position
+        return Layout("tokens", grid=(tokens,))
+    _, size, _ = run.inputs.image()
     layout = layouts.token_grid(tokens, size, run.model)
     if layout is None:
         raise layouts.AmbiguousLayout(

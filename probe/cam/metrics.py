@@ -6,21 +6,21 @@ score is the class's softmax probability, as in the papers, or whatever a target
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from probe.cam.explain import LayerSpec, Method, Target, explain
-from probe.cam.methods import grad_cam, resize
+from probe.cam.explain import Target
+from probe.cam.fill import baseline_of, impute
+from probe.cam.methods.arithmetic import resize
+from probe.cam.perturb import score_rows
 from probe.cam.picture import unit
 from probe.cam.run import Run
 from probe.cam.state import untouched, warn_if_training
-from probe.cam.targets import Classes, resolve
+from probe.cam.targets import Classes
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _curve(
         raise ValueError(f"a curve needs at least one step, not {steps}")
     order = ranks(maps, images)
     pixels = order[0].numel()
-    empty = _baseline(images, baseline)
+    empty = baseline_of(images, baseline)
     share = torch.linspace(0, 1, steps + 1)
 
     def perturbed(rows: slice) -> Tensor:
@@ -207,89 +207,6 @@ def road(
     return Road(share, scores[:, :count], scores[:, count:])
 
 
-def impute(images: Tensor, hole: Tensor, noise: float = 0.0) -> Tensor:
-    """Fill holes so that each missing pixel is the weighted mean of its eight neighbours (1/6 beside, 1/12 diagonal).
-
-    Solves the linear equations by conjugate gradients on the images' device; at the border the weights that fall
-    outside are left out.
-
-    Arguments:
-        images: ``[B, C, H, W]``.
-        hole: bool ``[B, H, W]``, True where a pixel is missing.
-        noise: deviation of Gaussian noise added to what is filled in.
-    """
-    weights = torch.tensor(
-        [[1 / 12, 1 / 6, 1 / 12], [1 / 6, 0.0, 1 / 6], [1 / 12, 1 / 6, 1 / 12]], device=images.device
-    )
-    values, missing = images.float(), hole[:, None].float()
-    channels = values.shape[1]
-    kernel = weights.expand(channels, 1, 3, 3)
-
-    def neighbours(x: Tensor) -> Tensor:
-        return F.conv2d(x, kernel, padding=1, groups=channels)
-
-    degree = neighbours(torch.ones_like(values[:1]))
-
-    def laplacian(x: Tensor) -> Tensor:
-        return missing * (degree * x - neighbours(x))
-
-    def dot(a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).flatten(2).sum(2)[..., None, None]
-
-    known = values * (1 - missing)
-    total, count = (each.flatten(2).sum(2)[..., None, None] for each in (known, 1 - missing))
-    solution = missing * total / count.clamp_min(1)  # starts from the mean of what is known
-    residual = missing * neighbours(known) - laplacian(solution)
-    direction, size = residual, dot(residual, residual)
-    goal = 1e-10 * size.amax().clamp_min(1e-20)
-    for step in range(2000):
-        if step % 16 == 0 and bool((size <= goal).all()):  # asking costs a wait for the device
-            break
-        image = laplacian(direction)
-        length = size / dot(direction, image).clamp_min(1e-30)
-        solution = solution + length * direction
-        residual = residual - length * image
-        size, before = dot(residual, residual), size
-        direction = residual + size / before.clamp_min(1e-30) * direction
-    filled = solution + noise * torch.randn_like(solution)
-    return torch.where(hole[:, None], filled, values).to(images.dtype)
-
-
-def pointing_game(maps: Tensor, regions: Tensor, *, size: tuple[int, int] | None = None, tolerance: int = 0) -> Tensor:
-    """Pointing game: whether the map's maximum lies on the object.
-
-    Zhang et al., "Top-down Neural Attention by Excitation Backprop", ECCV 2016 (arXiv:1608.00507).
-
-    Arguments:
-        maps: raw, ``[B, h, w]``.
-        regions: masks ``[B, H, W]``, or boxes ``[B, 4]`` as x1, y1, x2, y2 in pixels of an image of `size`.
-        size: ``(H, W)``, needed for boxes.
-        tolerance: a hit may be so many pixels away (15 in the paper).
-
-    Returns:
-        bool ``[B]``.
-    """
-    inside = _masks(regions, size)
-    if tolerance:
-        inside = F.max_pool2d(inside[:, None].float(), 2 * tolerance + 1, 1, tolerance)[:, 0] > 0
-    large = resize(maps[:, None].float(), tuple(inside.shape[1:]))[:, 0].flatten(1)
-    return inside.to(large.device).flatten(1).gather(1, large.argmax(1, keepdim=True))[:, 0]
-
-
-def energy_pointing_game(maps: Tensor, regions: Tensor, *, size: tuple[int, int] | None = None) -> Tensor:
-    """Energy-based pointing game: the share of the map's positive part that lies on the object.
-
-    Wang et al., "Score-CAM" (arXiv:1910.01279). The arguments are those of `pointing_game`.
-
-    Returns:
-        ``[B]`` in 0..1; 0 for a map without anything positive.
-    """
-    inside = _masks(regions, size)
-    large = resize(maps[:, None].float(), tuple(inside.shape[1:]))[:, 0].clamp_min(0).flatten(1)
-    total = large.sum(1)
-    return (large * inside.to(large).flatten(1)).sum(1) / total.masked_fill(total == 0, 1)
-
-
 def infidelity(
     model: nn.Module,
     images: Tensor,
@@ -359,83 +276,6 @@ def sensitivity(
     return worst
 
 
-class SanityCheck(list[tuple[str, float]]):
-    """Rows ``(module, correlation)``: what is left of the map once everything from the output down to it is random."""
-
-    def __str__(self) -> str:
-        width = max((len(name) for name, _ in self), default=0)
-        return "\n".join(f"{name:<{width}}  {value:+.3f}" for name, value in self)
-
-
-def sanity_check(
-    model: nn.Module,
-    images: Tensor,
-    *,
-    layer: LayerSpec | None = None,
-    target: Target = None,
-    method: Method = grad_cam,
-    seed: int = 0,
-) -> SanityCheck:
-    """The sanity check by cascading randomisation: a map that explains the model must change with its weights.
-
-    Adebayo et al., "Sanity Checks for Saliency Maps", NeurIPS 2018 (arXiv:1810.03292). Layer by layer from the output
-    to the input, weights are drawn anew in a copy of the model; each time the map's rank correlation (Spearman's, of
-    its absolute values, mean over samples) with the original map is taken. It should fall towards 0; a method whose
-    correlation stays high draws the image and not the model.
-
-    Arguments:
-        model: left alone.
-        images: ``[B, C, *size]``.
-        layer, target, method: as for `explain`; with ``target=None`` the original model's top classes.
-        seed: of the random weights.
-
-    Returns:
-        one row for every module with weights, in the order in which they became random.
-    """
-    twin = copy.deepcopy(model)
-    with untouched(model, [images]):
-        output = model(images)
-        chosen = resolve(target, output, len(images))
-    fixed = chosen.index if isinstance(chosen, Classes) else target
-    original = explain(twin, images, layer=layer, target=fixed, method=method)
-    found = SanityCheck()
-    owners = [(name, module) for name, module in twin.named_modules() if list(module.parameters(recurse=False))]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for name, module in reversed(owners):
-            _randomise(module)
-            maps = explain(twin, images, layer=layer, target=fixed, method=method)
-            found.append((name, float(rank_correlation(maps.abs(), original.abs()).mean())))
-    return found
-
-
-def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Spearman's rank correlation of each sample's values, ``[B]``; ties share their mean rank."""
-    ranked = [_mean_ranks(each.flatten(1)) for each in (a, b)]
-    centred = [each - each.mean(1, keepdim=True) for each in ranked]
-    norm: Tensor = centred[0].norm(dim=1) * centred[1].norm(dim=1)
-    return (centred[0] * centred[1]).sum(1) / norm.masked_fill(norm == 0, 1)
-
-
-def _mean_ranks(values: Tensor) -> Tensor:
-    values = values.contiguous()
-    ordered = values.sort(1).values
-    low, high = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
-    ranked: Tensor = (low + high - 1).double() / 2
-    return ranked
-
-
-@torch.no_grad()
-def _randomise(module: nn.Module) -> None:
-    reset = getattr(module, "reset_parameters", None)
-    if callable(reset):
-        reset()
-        return
-    for parameter in module.parameters(recurse=False):
-        deviation = float(parameter.float().std()) if parameter.numel() > 1 else 0.0
-        parameter.normal_(0, deviation or 0.02)
-
-
 def _scores(
     model: nn.Module,
     images: Tensor,
@@ -447,56 +287,20 @@ def _scores(
 ) -> Tensor:
     """Scores ``[B, count]`` of changed images; ``make(slice)`` makes ``[B, len(slice), C, *size]`` of them."""
     with untouched(model, [images]):
-        warn_if_training(model, what)
         run = Run(model, (images,), {}, target, batch_size)
+        warn_if_training(run.every, what)
         run.forward_plain()
 
         def output(rows: Tensor, samples: Tensor) -> Any:
             return model(rows)
 
-        return run.score_rows(make, count, output, probability=isinstance(run.score, Classes))
+        return score_rows(run, make, count, output, probability=isinstance(run.score, Classes))
 
 
 def _enlarged(maps: Tensor, images: Tensor) -> Tensor:
     if len(maps) != len(images) or maps.dim() != images.dim() - 1:
         raise ValueError(f"maps {tuple(maps.shape)} don't belong to images {tuple(images.shape)}")
     return resize(maps[:, None].float(), tuple(images.shape[2:]))[:, 0].to(images.device)
-
-
-def _baseline(images: Tensor, baseline: float | str | Tensor) -> Tensor:
-    if isinstance(baseline, Tensor):
-        return baseline.to(images).expand_as(images)
-    if isinstance(baseline, str):
-        if baseline != "blur":
-            raise ValueError(f'a baseline is a number, a tensor or "blur", not {baseline!r}')
-        return blur(images)
-    return torch.full_like(images, baseline)
-
-
-def blur(images: Tensor, sigma: float = 5.0, radius: int = 5) -> Tensor:
-    """Gaussian blur in every spatial dimension, as RISE uses it (11 taps of deviation 5)."""
-    taps = torch.exp(-((torch.arange(-radius, radius + 1, device=images.device).float() / sigma) ** 2) / 2)
-    taps = (taps / taps.sum()).to(images.dtype)
-    blurred = images.clone()
-    for dim in range(2, images.dim()):
-        length = images.shape[dim]
-        index = torch.arange(-radius, length + radius, device=images.device).clamp(0, length - 1)
-        blurred = torch.matmul(blurred.index_select(dim, index).unfold(dim, 2 * radius + 1, 1), taps)
-    return blurred
-
-
-def _masks(regions: Tensor, size: tuple[int, int] | None) -> Tensor:
-    if regions.dim() == 3:
-        return regions > 0
-    if regions.dim() != 2 or regions.shape[1] != 4 or size is None:
-        raise ValueError(
-            "regions are masks [B, H, W], or boxes [B, 4] together with size=(H, W); "
-            f"not {tuple(regions.shape)} with size={size}"
-        )
-    rows, columns = (torch.arange(n, device=regions.device) for n in size)
-    x1, y1, x2, y2 = (each[:, None] for each in regions.unbind(1))
-    inside_y, inside_x = (rows >= y1) & (rows < y2), (columns >= x1) & (columns < x2)
-    return inside_y[:, :, None] & inside_x[:, None, :]
 
 
 def _square(size: tuple[int, ...], share: float, generator: torch.Generator) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from probe import image
-from probe.cam.methods import resize
+from probe.cam.methods.arithmetic import resize
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

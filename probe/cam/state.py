@@ -7,10 +7,12 @@ import contextvars
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+
+from probe.capture import Layer
 
 _HERE = os.path.dirname(__file__)
 
@@ -38,13 +40,13 @@ def warn(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=level)
 
 
-def warn_if_training(model: nn.Module, what: str) -> None:
-    """One warning if any part of the model is in train mode."""
-    training = [name or "the model" for name, module in model.named_modules() if module.training]
-    if training:
+def warn_if_training(every: Iterable[Layer], what: str) -> None:
+    """One warning if any of a model's layers is in train mode."""
+    training = next((layer for layer in every if layer.module.training), None)
+    if training is not None:
         warn(
-            f"{what} a model in train mode ({training[0]}): dropout draws at random and batch norm mixes the samples; "
-            "call model.eval() first unless that is what you want"
+            f"{what} a model in train mode ({training.name or 'the model'}): dropout draws at random and batch norm "
+            "mixes the samples; call model.eval() first unless that is what you want"
         )
 
 
@@ -86,5 +88,7 @@ def _version(tensor: Tensor) -> int | None:
 
 
 def _cuda_devices(model: nn.Module, tensors: list[Tensor]) -> list[int]:
+    if not torch.cuda.is_initialized():
+        return []
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers(), *tensors)}
     return sorted({device.index or 0 for device in devices if device.type == "cuda"})

@@ -63,9 +63,9 @@ def resolve(target: Any, output: Any, batch: int) -> Score:
         raise ValueError(
             f"{len(index)} targets for a batch of {batch}: give one class a sample, or a single int for all of them"
         )
-    wrong = [int(each) for each in index if not 0 <= each < classes]
-    if wrong:
-        raise IndexError(f"target class {wrong[0]} is out of range: the output has classes 0 to {classes - 1}")
+    wrong = next((each for each in index.tolist() if not 0 <= each < classes), None)
+    if wrong is not None:
+        raise IndexError(f"target class {wrong} is out of range: the output has classes 0 to {classes - 1}")
     return Classes(index.to(scores.device))
 
 

@@ -1,0 +1,87 @@
+"""What a model is called with: which dimension is the batch, which tensor is the picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from probe import tree
+from probe.cam import layout as layouts
+
+
+class Inputs:
+    """Positional and named arguments, the batch first.
+
+    Arguments:
+        args, kwargs: as given; inference tensors are copied, so that autograd can work with them.
+
+    Raises:
+        ValueError: there is no batch in them.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.args, self.kwargs = pytree.tree_map_only(Tensor, _ordinary, (args, kwargs))
+        self.tensors = [tensor for _, tensor in tree.input_leaves(self.args, self.kwargs)]
+        self.batch = _batch(self.args, self.tensors)
+
+    def of(self, samples: Tensor | slice) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Those of some samples: whatever has the batch in front is indexed."""
+
+        def pick(tensor: Tensor) -> Tensor:
+            if tensor.dim() == 0 or len(tensor) != self.batch:
+                return tensor
+            return tensor[samples if isinstance(samples, slice) else samples.to(tensor.device)]
+
+        args, kwargs = pytree.tree_map_only(Tensor, pick, (self.args, self.kwargs))
+        return args, kwargs
+
+    @property
+    def has_image(self) -> bool:
+        """Whether one of them has space."""
+        return self._image() is not None
+
+    def image(self) -> tuple[Tensor, tuple[int, ...], bool]:
+        """The input that masks are laid on: the tensor, its spatial size, and whether its channels come last.
+
+        Raises:
+            ValueError: no input has space.
+        """
+        found = self._image()
+        if found is None:
+            raise ValueError("this method changes the input image, and no input is a float tensor [B, C, *spatial]")
+        tensor, size = found
+        return tensor, size, size != tuple(tensor.shape[2:])
+
+    def _image(self) -> tuple[Tensor, tuple[int, ...]] | None:
+        for tensor in self.tensors:
+            size = layouts.input_size(tensor, self.batch)
+            if size and tensor.is_floating_point() and len(tensor) == self.batch:
+                return tensor, size
+        return None
+
+    def with_image(
+        self, image: Tensor, samples: Tensor | slice = slice(None)
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Those of `samples`, with the image replaced."""
+        old, _, _ = self.image()
+        flat, spec = pytree.tree_flatten((self.args, self.kwargs))
+        new, _ = pytree.tree_flatten(self.of(samples))
+        swapped = [image if before is old else after for before, after in zip(flat, new, strict=True)]
+        args, kwargs = pytree.tree_unflatten(swapped, spec)
+        return args, kwargs
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    """A tensor that autograd can work with: inference tensors are copied."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _batch(args: tuple[Any, ...], tensors: list[Tensor]) -> int:
+    if args and isinstance(args[0], (list, tuple)) and args[0] and all(isinstance(x, Tensor) for x in args[0]):
+        return len(args[0])  # a list of images, as detectors take them
+    for tensor in tensors:
+        if tensor.dim():
+            return len(tensor)
+    raise ValueError("explain needs the model's inputs: explain(model, images, ...), with the batch as first dimension")
