@@ -9,7 +9,6 @@ strokes as training goes on. In the picture at the end each row is a held-out di
 from __future__ import annotations
 
 import argparse
-from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -17,15 +16,7 @@ from torch import nn
 from torchvision.utils import save_image
 
 from probe import Board, Probe, cam
-from probe.demo import digits
-
-
-def network() -> nn.Sequential:
-    """Grad-CAM wants a pooling behind the explained layer: it averages the gradient over positions."""
-    layers = OrderedDict(conv1=nn.Conv2d(1, 16, 5, padding=2, bias=False), relu1=nn.ReLU(inplace=True))
-    layers |= {"conv2": nn.Conv2d(16, 64, 3, padding=1, bias=False), "relu2": nn.ReLU(inplace=True)}
-    layers |= {"pool": nn.AdaptiveMaxPool2d(1), "flatten": nn.Flatten(), "fc": nn.Linear(64, 10)}
-    return nn.Sequential(layers)
+from probe.demo import digits, network
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
+from probe import cam
 from probe.capture import Capture, Image, Shown, Summary
 from probe.core import Probe
 from probe.summary import feature_maps, histogram, input_images, kernels, stats
@@ -86,15 +87,19 @@ def digits() -> tuple[Split, Split]:
 
 
 def network() -> nn.Sequential:
-    """A CNN whose ReLUs work in place, as most published ones do."""
+    """A CNN whose ReLUs work in place, as most published ones do.
+
+    Its convolutions have no bias, so that nothing is active where there is no ink, and all positions are pooled: that
+    is what Grad-CAM averages its gradient over.
+    """
     layers: dict[str, nn.Module] = {
-        "conv1": nn.Conv2d(1, 16, 5, padding=2),
+        "conv1": nn.Conv2d(1, 16, 5, padding=2, bias=False),
         "relu1": nn.ReLU(inplace=True),
-        "conv2": nn.Conv2d(16, 32, 3, padding=1),
+        "conv2": nn.Conv2d(16, 32, 3, padding=1, bias=False),
         "relu2": nn.ReLU(inplace=True),
-        "pool": nn.MaxPool2d(2),
+        "pool": nn.AdaptiveMaxPool2d(1),
         "flatten": nn.Flatten(),
-        "fc": nn.Linear(32 * 4 * 4, 10),
+        "fc": nn.Linear(32, 10),
     }
     return nn.Sequential(OrderedDict(layers))
 
@@ -105,10 +110,12 @@ def train(model: nn.Sequential, data: Split, held_out: Split, board: Board, epoc
     optimizer = torch.optim.Adam(model.parameters())
     scheduler = OneCycleLR(optimizer, max_lr=0.01, epochs=epochs, steps_per_epoch=steps)
     pictures = [enlarged(each) for each in (input_images(32, nrow=8), kernels, feature_maps(16, nrow=4))]
+    heat = cam.grad_cam_summary(model, held_out[0][:8], layer="relu2", target=held_out[1][:8])
     board.graph(model, data[0][:BATCH])
     with Probe(model, optimizer=optimizer) as p:
         p.log(board, stats, histogram, every=steps)
         p.log(board, *pictures, layers="conv1", every=steps)
+        p.log(board, heat, layers="relu2", every=steps)
         for _ in range(epochs):
             loss, hits = fit(model, scheduler, data, bar)
             with p.tag("valid"):

@@ -120,14 +120,17 @@ def test_the_demo_logs_every_layer_and_parameter_once_an_epoch(shown: Demo) -> N
 
 
 def test_the_demo_writes_kernels_feature_maps_and_inputs_as_pictures(shown: Demo) -> None:
-    """16 kernels of 5 × 5 and 16 maps of 8 × 8 in squares of four, 32 digits, all eight times enlarged."""
+    """16 kernels of 5 × 5 and 16 maps of 8 × 8 in squares of four, 32 digits, all eight times enlarged; and Grad-CAM of
+    eight digits in a row, also of the validation's passes."""
     read = events(shown.logdir)
     sizes = {tag: (image.width, image.height) for tag in read.Tags()["images"] for image in read.Images(tag)[-1:]}
     assert sizes == {
         "conv1/input/images": (8 * (8 * 10 + 2), 8 * (4 * 10 + 2)),
         "conv1.weight/value/kernels": (8 * (4 * 6 + 1), 8 * (4 * 6 + 1)),
         "conv1/output/feature_maps": (8 * (4 * 10 + 2), 8 * (4 * 10 + 2)),
+        "relu2/output/grad_cam": (8 * (64 + 2) + 2, 64 + 2 + 2),
     }
+    assert len(read.Images("relu2/output/grad_cam")) == 12
     assert len(read.Images("conv1.weight/value/kernels")) == 12
 
 
