@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,13 @@ class Layer:
     @property
     def name(self) -> str:
         return self.names[0]
+
+    @property
+    def module_type(self) -> type:
+        """The module's class; where ``fully_shard`` put a class of its own in its place, the user's."""
+        found = type(self.module)
+        fsdp = sys.modules.get("torch.distributed.fsdp")
+        return found.__mro__[2] if fsdp is not None and isinstance(self.module, fsdp.FSDPModule) else found
 
 
 @dataclass(frozen=True, slots=True, eq=False)

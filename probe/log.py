@@ -41,7 +41,7 @@ class Parameters:
                 if (not optimizers or id(parameter) in updated) and id(parameter) not in self.found:
                     name = f"{layer.name}.{key}" if layer.name else key
                     groups = int(getattr(layer.module, "groups", 1))
-                    self.found[id(parameter)] = (name, parameter, type(layer.module), groups)
+                    self.found[id(parameter)] = (name, parameter, layer.module_type, groups)
 
 
 class _Step:
@@ -243,7 +243,7 @@ class Log(Receiver):
         summaries = self._wanted.get(kind)
         if not summaries or layer not in self._layers:
             return None
-        module_type = type(layer.module)
+        module_type = layer.module_type
         stem = f"{layer.name or module_type.__name__}/{kind.label}"
 
         def deliver(call: Call, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -133,7 +133,7 @@ class Adapter(Receiver):
         def emit(call: Call, path: str, tensor: torch.Tensor) -> None:
             key = (call.index, path, call.info.mode)
             if key not in functions:
-                site = Site(layer.name, kind, path, call.index, call.info.mode, type(layer.module))
+                site = Site(layer.name, kind, path, call.index, call.info.mode, layer.module_type)
                 functions[key] = self.observer.bind(site)
             function = functions[key]
             if function is not None:
@@ -145,7 +145,7 @@ class Adapter(Receiver):
         def emit(call: Call, path: str, tensor: torch.Tensor) -> None:
             value = snapshot(tensor, call.info.fixed)
             if value is not None:
-                capture = Capture(layer.name, kind, value, call.info.step, call.index, path, type(layer.module))
+                capture = Capture(layer.name, kind, value, call.info.step, call.index, path, layer.module_type)
                 shown = self.observer(capture)
                 if isinstance(shown, Iterator):
                     deque(shown, maxlen=0)  # a generator function runs only when it is iterated

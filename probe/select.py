@@ -200,7 +200,7 @@ def _no_match(every: list[Layer], selector: Any) -> str:
     if isinstance(selector, nn.Module):
         return f"this {type(selector).__name__} is not a module of the probed model"
     if isinstance(selector, type):
-        types = sorted({type(layer.module).__name__ for layer in every})
+        types = sorted({layer.module_type.__name__ for layer in every})
         return f"no layer is a {selector.__name__}; the model has {', '.join(types)}"
     if isinstance(selector, str):
         return f"no layer matches {selector!r}; {nearest(every, selector)}"

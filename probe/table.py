@@ -69,7 +69,7 @@ def layer_table(layers: Iterable[tuple[Layer, list[Call], bool]]) -> LayerTable:
 
 def _row(layer: Layer, calls: list[Call]) -> LayerRow:
     call = calls[-1] if calls else None
-    kind = type(layer.module).__name__
+    kind = layer.module_type.__name__
     outputs = leaves(call.output) if call is not None and call.output is not UNSET else []
     value = outputs[0][1] if outputs else None
     drawn = None if value is None else sketch.of(value)

@@ -321,12 +321,15 @@ def check_fsdp_values_and_norms(folder: Path) -> None:
     for shape in ((2,), (2, 1)):  # the second is one of replicas: each parameter is on both ranks as a whole shard
         model, twin, x, kept = shard(net(), meshes(*shape)), net(), batches(), Kept()
         optimizer, other = sgd(model), sgd(twin)
-        with Probe(model, optimizer=optimizer, keep=1) as p:
+        with Probe(model, "", nn.Linear, nn.ReLU, optimizer=optimizer, keep=1) as p:
             p.log(kept, stats, histogram)
             step(model, optimizer, mine(x))
+        assert "FSDP" not in str(p)
         before = [each.detach().clone() for each in twin.parameters()]
         with Probe(twin) as q:
             step(twin, other, x)
+        if dist.get_rank() == 0:
+            assert kept["Sequential/output/mean"] == kept["2/output/mean"]
         for name in q:
             assert type(p[name].output) is torch.Tensor
             torch.testing.assert_close(whole(p[name].output), q[name].output)
