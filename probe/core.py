@@ -182,14 +182,10 @@ class Probe:
     def _close(self, error: BaseException | None) -> None:
         stack, self._stack = self._stack, None
         if stack is not None:
-            try:
+            with contextlib.ExitStack() as ends:  # each receiver ends its step, whatever another one raises
+                for receiver in reversed(self._session.receivers):
+                    ends.callback(_end, receiver, self._session, error)
                 stack.close()
-            finally:
-                for receiver in self._session.receivers:
-                    if error is not None:
-                        receiver.leave(error)
-                    receiver.end_step(self._session.step, stepped=bool(self._optimizers))
-                    receiver.close()
 
     def _tell(self) -> None:
         """Be loud about layers that never fired, where something did."""
@@ -708,14 +704,16 @@ def _last_call(session: weakref.ref[Session], log: weakref.ref[Receiver]) -> Non
     """The writer closes before the probe is left: what is open is sent off now."""
     live, receiver = session(), log()
     if live is not None and receiver in live.receivers and not live.closed:
-        error = sys.exc_info()[1]
-        if error is not None:
-            receiver.leave(error)
         error = sys.exc_info()[1]  # that which ends the writer's with-block
-        if error is not None and not isinstance(error, StopForward):
-            receiver.leave(error)
-        receiver.end_step(live.step, stepped=bool(live.optimizers))
-        receiver.close()
+        _end(receiver, live, None if isinstance(error, StopForward) else error)
+
+
+def _end(receiver: Receiver, session: Session, error: BaseException | None) -> None:
+    """Nothing more will come: have the receiver end the step that is open, which `error` interrupts if there is one."""
+    if error is not None:
+        receiver.leave(error)
+    receiver.end_step(session.step, stepped=bool(session.optimizers))
+    receiver.close()
 
 
 def _checked(function: Callable[[Any], Any], layer: Layer, kind: Kind, same_shape: bool) -> Callable[[Any], Any]:

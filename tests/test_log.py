@@ -460,9 +460,11 @@ def test_an_error_on_leaving_does_not_hide_the_users(tmp_path: Path, model: nn.M
         with pytest.raises(ZeroDivisionError), p:
             model(torch.randn(2, 4))
         p.stop_after("0")
+        p.log(board, stats, layers="0")
         with pytest.raises(ZeroDivisionError), p:
             model(torch.randn(2, 4))
     assert not hooked(model)
+    assert "0/output/mean" in read(tmp_path).Tags()["scalars"]  # the other log's step is ended all the same
 
 
 def test_no_hook_waits_for_a_device(tmp_path: Path) -> None:
