@@ -128,7 +128,7 @@ def _ratio(arm: Arm, every: int, against: Arm, work: Work, run: Run) -> Ratio:
         measured = stack.enter_context(arm.attach(work.twin(), every))
         base = stack.enter_context(against.attach(run.base if against.name == "bare" else work.twin(), every))
         if not arm.logs:
-            return compare(measured.step, _uncompiled(base.step, work), seconds=run.seconds, least=3 * run.least)
+            return compare(measured.step, _uncompiled(base.step, work), seconds=run.seconds, least=2 * run.least)
         steps = run.steps(every)
         many, few = _repeated(measured, steps), _repeated(base, steps)
         return compare(many, _uncompiled(few, work), seconds=run.seconds, least=run.least)

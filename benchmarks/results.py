@@ -46,9 +46,13 @@ def start(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     if options.device == "cpu":
         _bound_memory()
-    warnings.filterwarnings("ignore", module="probe")
-    warnings.filterwarnings("ignore", category=UserWarning)
+    quiet()
     print(machine(), flush=True)
+
+
+def quiet() -> None:
+    """No warnings: of layers that a model never calls, of what other libraries deprecate."""
+    warnings.simplefilter("ignore")
 
 
 def _bound_memory() -> None:
@@ -94,7 +98,7 @@ class Results:
 
     def add(self, text: str, **row: Any) -> None:
         """Keep a row, and show `text`."""
-        self.kept["rows"].append({key: _plain(value) for key, value in row.items()})
+        self.kept["rows"].append({key: plain(value) for key, value in row.items()})
         with _bar_aside():
             print(text, flush=True)
 
@@ -122,7 +126,8 @@ def _shown(words: list[str]) -> list[str]:
     return words
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """What JSON takes: a `Ratio` as a dict."""
     return {**value._asdict(), "differs": value.differs} if isinstance(value, Ratio) else value
 
 
