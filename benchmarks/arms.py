@@ -153,6 +153,8 @@ def _log(*summaries: Any, everything: bool = False) -> Attach:
 
 @contextlib.contextmanager
 def _grad_cam(work: Work, every: int) -> Iterator[Attached]:
+    if not (isinstance(work.inputs, torch.Tensor) and work.inputs.dim() == 4):
+        raise TypeError("Grad-CAM is measured on pictures [B, C, H, W]")
     yield Attached(lambda: cam.explain(work.model, work.inputs, target=0))
 
 

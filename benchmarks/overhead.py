@@ -51,6 +51,8 @@ def main(words: Sequence[str] | None = None) -> None:
     options = parser.parse_args(words)
     every, chosen = _every(options.every), _arms(options.arms, options.mode)
     results.start(options)
+    if options.compile:
+        torch._dynamo.config.skip_nnmodule_hook_guards = False  # else a copy without hooks lends its code to one with
     settings = {key: value for key in ("batch", "size") if (value := getattr(options, key)) is not None}
     try:
         work = prepare(options.model, options.mode, options.device, DTYPES[options.dtype], options.compile, settings)
@@ -98,6 +100,8 @@ def measure(task: Task, work: Work, run: Run, found: Results) -> None:
     arm, every, against = task
     row: dict[str, Any] = {"arm": arm.name, "every": every if arm.logs else None, "against": against.name}
     label = f"{arm.name}, every {every}" if arm.logs else arm.name
+    if work.compiled:
+        torch.compiler.reset()  # copies of a model share their code's cache, which holds only a few variants
     try:
         counts = _counts(arm, every, work, run) if against.name == "bare" else None
         ratio = _ratio(arm, every, against, work, run)
@@ -128,10 +132,10 @@ def _ratio(arm: Arm, every: int, against: Arm, work: Work, run: Run) -> Ratio:
         measured = stack.enter_context(arm.attach(work.twin(), every))
         base = stack.enter_context(against.attach(run.base if against.name == "bare" else work.twin(), every))
         if not arm.logs:
-            return compare(measured.step, _uncompiled(base.step, work), seconds=run.seconds, least=2 * run.least)
+            return compare(measured.step, _compiled(base.step, work), seconds=run.seconds, least=2 * run.least)
         steps = run.steps(every)
         many, few = _repeated(measured, steps), _repeated(base, steps)
-        return compare(many, _uncompiled(few, work), seconds=run.seconds, least=run.least)
+        return compare(many, _compiled(few, work), seconds=run.seconds, least=run.least)
 
 
 def _repeated(attached: Attached, steps: int) -> Callable[[], None]:
@@ -143,8 +147,16 @@ def _repeated(attached: Attached, steps: int) -> Callable[[], None]:
     return run
 
 
-def _uncompiled(step: Callable[[], object], work: Work) -> Callable[[], object]:
-    return step
+def _compiled(step: Callable[[], object], work: Work) -> Callable[[], object]:
+    """The step with compiled code in force, which an attached `Probe` suspends everywhere in the process."""
+    if not work.compiled:
+        return step
+
+    def run() -> None:
+        with torch.compiler.set_stance("default"):
+            step()
+
+    return run
 
 
 def _every(text: str) -> list[int]:

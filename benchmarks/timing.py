@@ -64,6 +64,18 @@ def compare(work: Callable[[], object], base: Callable[[], object], *, seconds: 
     return Ratio(median, low, high, len(ratios), statistics.median(beyond))
 
 
+def seconds_of(run: Callable[[], object], *, seconds: float = 1.0) -> float:
+    """The median time of one run, in seconds: for limits of a machine, never to compare two ways with."""
+    for _ in range(3):
+        run()
+    repeat = max(1, round(0.005 / max(_time(run, 3) / 3, 1e-9)))
+    times = [_time(run, repeat)]
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        times.append(_time(run, repeat))
+    return statistics.median(times) / repeat
+
+
 def _time(run: Callable[[], object], repeat: int) -> float:
     if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
         start = time.perf_counter()

@@ -1,0 +1,387 @@
+"""Write ``RESULTS.md``, its pictures and the README's table from what is kept: ``python -m benchmarks.report``.
+
+Nothing is measured here. The files under ``benchmarks/results/`` come from the other commands' ``--out``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.arms import ARMS
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- made by python -m benchmarks.report -->", "<!-- end of what is made -->"
+Kept = dict[str, Any]
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(words)
+    kept = load(HERE / "results")
+    for path, text in written(kept, HERE.parent).items():
+        path.write_text(text, encoding="utf-8")
+        print(path)
+
+
+def load(folder: Path) -> list[Kept]:
+    """Everything that is kept in a folder, in an order that does not depend on the files' names.
+
+    Raises:
+        SystemExit: a file is none of a benchmark's.
+    """
+    kept = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            each = json.loads(path.read_text(encoding="utf-8"))
+            _ = each["command"], each["rows"], each["machine"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise SystemExit(f"{path} is no file of results: write one with --out of another command") from error
+        kept.append(each)
+    return sorted(kept, key=lambda each: json.dumps([each["command"], each["settings"]], sort_keys=True))
+
+
+def written(kept: list[Kept], root: Path) -> dict[Path, str]:
+    """What each file is to contain."""
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    files = {root / "README.md": f"{before}{BEGIN}\n{summary(kept)}{END}{after}"}
+    files[root / "benchmarks" / "RESULTS.md"] = results(kept)
+    files.update({root / "benchmarks" / "results" / name: text for name, text in pictures(kept).items()})
+    return files
+
+
+# -- the README's table ------------------------------------------------------------------------------------------------
+
+SUMMARY = (
+    ("forward", "reference", None, "forward: a bare hook that stores references"),
+    ("forward", "output", None, "forward: `kinds=Kind.OUTPUT`"),
+    ("train", "reference", None, "training: a bare hook that stores references"),
+    ("train", "output", None, "training: `kinds=Kind.OUTPUT`"),
+    ("train", "all but grad_input", None, "training: inputs, outputs, their gradients"),
+    ("train", "full backward", None, "training: torch's full backward hooks alone"),
+    ("train", "all four", None, "training: `Probe(model)`, all four kinds"),
+    ("train", "stats+histogram", 1, "`p.log(board, stats, histogram)`, every step"),
+    ("train", "stats+histogram", 10, "the same, `every=10`"),
+    ("train", "stats+histogram", 100, "the same, `every=100`"),
+    ("train", "full log", 1, "and parameters, their gradients and updates, every step"),
+    ("train", "full log", 100, "the same, `every=100`"),
+)
+
+
+def summary(kept: list[Kept]) -> str:
+    """The README's table: what a step costs, by model and device."""
+    runs = [each for each in kept if each["command"] == "overhead" and not each["settings"]["compile"]]
+    if not runs:
+        return "\nNo measurements are kept yet.\n\n"
+    columns = list(dict.fromkeys(_column(each) for each in runs))
+    lines = [["ratio to the bare step", *columns]]
+    for mode, arm, every, label in SUMMARY:
+        cells = [_cell(_find(runs, column, mode, arm, every)) for column in columns]
+        if any(cells):
+            lines.append([label, *cells])
+    machines = list(dict.fromkeys(_machine(each) for each in runs))
+    dates = sorted({each["date"] for each in runs})
+    notes = [
+        "Median of interleaved pairs (quartiles); `~`: the quartiles lie on both sides of 1. "
+        f"On {'; '.join(machines)}; {_span(dates)}. "
+        "All results, the method and what is not measured: [benchmarks/RESULTS.md](benchmarks/RESULTS.md)."
+    ]
+    return "\n" + _table(lines) + "\n" + "\n".join(notes) + "\n\n"
+
+
+def _column(each: Kept) -> str:
+    settings = each["settings"]
+    batch = f" batch {settings['batch']}" if settings["batch"] else ""
+    dtype = "" if settings["dtype"] == "float32" else f" {settings['dtype']}"
+    return f"{settings['model']}{batch}{dtype}{' (GPU)' if settings['device'] == 'cuda' else ''}"
+
+
+def _find(runs: list[Kept], column: str, mode: str, arm: str, every: int | None) -> Kept | None:
+    for each in runs:
+        if _column(each) == column and each["settings"]["mode"] == mode:
+            for row in each["rows"]:
+                if (row["arm"], row["every"], row["against"]) == (arm, every, "bare"):
+                    return row
+    return None
+
+
+def _cell(row: Kept | None) -> str:
+    if row is None:
+        return ""
+    return "raises" if "failed" in row else _ratio(row["ratio"])
+
+
+# -- RESULTS.md --------------------------------------------------------------------------------------------------------
+
+METHOD = """\
+**Method.** Two ways of doing the same work run in turn, in one process, each on a copy of the model of its own; a
+result is the median of the ratios of such pairs, with its quartiles. `~` marks a ratio whose quartiles lie on both sides
+of 1: it is not told from noise. Every table of overheads has a row *bare*, the bare model against its own copy, which
+shows what the method itself makes of nothing. A run is repeated to 5 ms at least; the order inside a pair alternates. On
+the CPU one thread computes. On a GPU each run begins on an idle device and CUDA events tell its length, launches and
+kernels included. Inputs are random and stay the same; a training step is `zero_grad`, forward, backward and SGD with
+momentum. Logs are written to a folder on disk, and a measurement ends when everything is written. Counts (hooks, Python
+calls, bytes, transfers) are of one step, beyond those of the bare one, and do not depend on the machine.
+
+**Not measured.** Data loading, distributed training, several GPUs, models larger than memory, a slow disk, how much a
+user's own summary costs. Random weights: nothing here depends on their values, except that in-place operations
+overwrite what they overwrite. Figures of one machine are not those of another; the commands above each table run
+anywhere.
+"""
+
+
+def results(kept: list[Kept]) -> str:
+    """The whole of ``RESULTS.md``."""
+    parts = ["# What hooks cost: results\n", "Made by `python -m benchmarks.report`; not edited by hand.\n", METHOD]
+    if not kept:
+        parts.append("No measurements are kept yet.\n")
+    sections = {"overhead": _overhead, "peers": _peers, "limits": _limits, "scaling": _scaling}
+    titles = {
+        "overhead": "Overhead: hooks, captures and logs, a step",
+        "peers": "Beside other libraries, at the same work",
+        "limits": "Limits of the machine, and the distance from them",
+        "scaling": "As the work grows",
+    }
+    drawn = pictures(kept)
+    for command, section in sections.items():
+        runs = [each for each in kept if each["command"] == command]
+        if runs:
+            parts.append(f"## {titles[command]}\n")
+            parts += [f"![{_alt(name)}](results/{name})\n" for name in drawn if name.startswith(command)]
+        if runs and command == "overhead":
+            parts.append("\n".join(f"- *{arm.name}*: {arm.what}" for arm in ARMS) + "\n")
+        for each in runs:
+            parts.append(_heading(each) + section(each))
+    return "\n".join(parts)
+
+
+def _heading(each: Kept) -> str:
+    state = "" if each["complete"] else " Interrupted: only what was measured until then."
+    state += " Quick, and so less exact." if each["quick"] else ""
+    return f"### `{each['line']}`\n\n{_machine(each)}; {each['date']}.{state}\n\n"
+
+
+def _machine(each: Kept) -> str:
+    machine = each["machine"]
+    name = f"{machine['gpu']} ({machine['clocks']})" if "gpu" in machine else machine["cpu"]
+    threads = f"{machine['threads']} of {machine['cores']} cores"
+    return f"{name}, {threads}, torch {machine['torch']}, Python {machine['python']}"
+
+
+def _overhead(each: Kept) -> str:
+    lines = [["", "ratio (quartiles)", "µs a call", "hooks", "Python calls a call", "MB held", "MB at peak", "to host"]]
+    for row in each["rows"]:
+        label = row["arm"] + (f", every {row['every']}" if row["every"] else "")
+        if row["against"] != "bare":
+            label = f"*{label} / {row['against']}*"
+        if "failed" in row:
+            lines.append([label, row["failed"][:100], *[""] * 6])
+            continue
+        counts = [""] * 6
+        if "hooks" in row:
+            micro = f"{row['microseconds']:.1f}" if "microseconds" in row else ""
+            calls = f"{row['python_calls'] / each['settings']['calls']:.1f}"
+            held, peak = (f"{row[key] / 1e6:.1f}" for key in ("held", "peak"))
+            counts = [micro, str(row["hooks"]), calls, held, peak, str(row["transfers"])]
+        lines.append([label, _ratio(row["ratio"]), *counts])
+    waits = sum(row.get("waits", 0) for row in each["rows"] if row["every"])
+    note = (
+        f"\nWaits for the device in steps that log, before they are flushed: {waits}.\n"
+        if "gpu" in each["machine"]
+        else ""
+    )
+    calls = each["settings"]["calls"]
+    more = "Counts with `every` above 1 are those of a step that is not observed."
+    return f"{_table(lines)}\n{calls} hooked calls a step. {more}\n{note}"
+
+
+def _peers(each: Kept) -> str:
+    lines = [["work", "model", "library", "/ bare", "/ probe", "true", ""]]
+    for row in each["rows"]:
+        name = f"{row['peer']} {row['version']}" if row["version"] else row["peer"]
+        start = [row["work"], row["model"], f"**{name}**" if row["peer"] == "probe" else name]
+        if "failed" in row:
+            lines.append([*start, "", "", "", row["failed"][:100]])
+            continue
+        probe = _ratio(row["to_probe"]) if row["to_probe"] else ""
+        lines.append([*start, _ratio(row["ratio"]), probe, f"{row['true']} of {row['all']}", _verdict(row, each)])
+    return _table(sorted(lines[:1]) + sorted(lines[1:], key=lambda line: (line[0], line[1]))) + "\n"
+
+
+def _verdict(row: Kept, each: Kept) -> str:
+    """The note, and where `probe` is not the cheapest of those that capture the same, what is behind that."""
+    note = row["note"]
+    if row["peer"] in ("probe", "reference hook") or row["to_probe"]["high"] >= 1:
+        return note
+    behind = "cheaper than probe" + ("" if row["true"] == row["all"] else ", but not all of it is true")
+    return f"{note}; {behind}" if note else behind
+
+
+def _limits(each: Kept) -> str:
+    lines = [["", "measured"]]
+    for row in each["rows"]:
+        if "failed" in row:
+            lines.append([row["what"], "too little memory"])
+        elif "ratio" in row:
+            share = f", {100 * row['share']:.0f} % of its bandwidth" if "share" in row else ""
+            lines.append([f"{row['what']} / {row['against']}", _ratio(row["ratio"]) + share])
+        elif "gigabytes" in row:
+            lines.append([f"{row['what']}, float32 [{row['size']:,}]", f"{row['gigabytes']:.1f} GB/s"])
+        else:
+            lines.append([row["what"], f"{row['microseconds']:.2f} µs"])
+    return _table(lines) + "\n"
+
+
+def _scaling(each: Kept) -> str:
+    lines = [["what grows", "probe", "cost of each, by size", "growth"]]
+    sweeps = list(dict.fromkeys((row["sweep"], row["how"]) for row in each["rows"] if row["sweep"] != "steps"))
+    for sweep, how in sweeps:
+        rows = [row for row in each["rows"] if (row["sweep"], row["how"]) == (sweep, how)]
+        costs = ", ".join(f"{row['size']:,}: {_time(row['nanoseconds'])}" for row in rows if "nanoseconds" in row)
+        growth = next((row["growth"] for row in rows if "growth" in row), None)
+        shown = "lost in the noise" if growth is None else f"{growth:.2f}"
+        if growth is not None and not next(row["linear"] for row in rows if "linear" in row):
+            shown = f"**{shown}: faster than the work**"
+        lines.append([sweep, how, costs, shown])
+    runs = [["steps", "probe", "bytes a step", "objects more", "a late step / an early one"]]
+    for row in each["rows"]:
+        if row["sweep"] == "steps":
+            size = f"{row['size']:,}"
+            runs.append([size, row["how"], f"{row['bytes_a_step']:+.1f}", f"{row['objects']:+}", f"{row['time']:.2f}"])
+    return _table(lines) + "\n" + _table(runs) + "\n"
+
+
+# -- writing tables and pictures ---------------------------------------------------------------------------------------
+
+
+def _ratio(ratio: Kept) -> str:
+    spread = f"{_number(ratio['median'])} ({_number(ratio['low'])}–{_number(ratio['high'])})"
+    return spread if ratio["differs"] else f"{spread} ~"
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
+
+
+def _time(nanoseconds: float) -> str:
+    return f"{nanoseconds / 1000:.1f} µs" if abs(nanoseconds) >= 1000 else f"{nanoseconds:.2f} ns"
+
+
+def _span(dates: list[str]) -> str:
+    return dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+
+
+def _table(lines: list[list[str]]) -> str:
+    rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+    rows.insert(1, "|" + "---|" * len(lines[0]))
+    return "\n".join(rows) + "\n"
+
+
+def _alt(name: str) -> str:
+    return name.removesuffix(".svg").replace("-", " ")
+
+
+def pictures(kept: list[Kept]) -> dict[str, str]:
+    """SVGs by name: the ratios of each mode's arms, and the growth of costs."""
+    found = {}
+    for mode in ("forward", "train"):
+        runs = [
+            each
+            for each in kept
+            if each["command"] == "overhead" and each["settings"]["mode"] == mode and not each["settings"]["compile"]
+        ]
+        if runs:
+            found[f"overhead-{mode}.svg"] = _whiskers(runs)
+    sweeps = [each for each in kept if each["command"] == "scaling"]
+    if sweeps:
+        found["scaling.svg"] = _lines(sweeps[0])
+    return found
+
+
+COLOURS = ("#1b6ca8", "#d1495b", "#2a9d5c", "#8e5ea2", "#c98a1b", "#4c4c4c")
+
+
+def _whiskers(runs: list[Kept]) -> str:
+    """A row an arm, a dot and its quartiles a model, on a logarithmic axis."""
+    labels: dict[str, list[tuple[int, Kept]]] = {}
+    for number, each in enumerate(runs):
+        for row in each["rows"]:
+            if row["against"] == "bare" and "ratio" in row:
+                label = row["arm"] + (f", every {row['every']}" if row["every"] else "")
+                labels.setdefault(label, []).append((number, row["ratio"]))
+    left, width, step = 160, 480, 9 * len(runs) + 8
+    most = max(ratio["high"] for rows in labels.values() for _, ratio in rows)
+    ticks = [tick for tick in (1, 1.5, 2, 3, 5, 10, 20, 50, 100) if tick <= 1.2 * most]
+
+    def place(ratio: float) -> float:
+        share = math.log(max(ratio, 0.8) / 0.8) / math.log(max(1.2 * most, 1.5) / 0.8)
+        return round(left + width * min(share, 1), 1)
+
+    height = step * len(labels)
+    body = [f'<line x1="{place(t)}" y1="20" x2="{place(t)}" y2="{20 + height}" class="g"/>' for t in ticks]
+    body += [f'<text x="{place(t)}" y="14" text-anchor="middle">{t}×</text>' for t in ticks]
+    for at, (label, rows) in enumerate(labels.items()):
+        top = 20 + at * step
+        body.append(f'<text x="{left - 8}" y="{top + step / 2 + 4}" text-anchor="end">{label}</text>')
+        for number, ratio in rows:
+            y, colour = top + 8 + 9 * number, COLOURS[number % len(COLOURS)]
+            ends = f'x1="{place(ratio["low"])}" y1="{y}" x2="{place(ratio["high"])}" y2="{y}"'
+            body.append(f'<line {ends} stroke="{colour}" stroke-width="2"/>')
+            body.append(f'<circle cx="{place(ratio["median"])}" cy="{y}" r="3.5" fill="{colour}"/>')
+    names = [_column(each) for each in runs]
+    return _svg(body, names, left + width + 20, 20 + height)
+
+
+def _lines(each: Kept) -> str:
+    """Cost of each layer, call and element against their number, both axes logarithmic."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in each["rows"]:
+        if row.get("nanoseconds", 0) > 0:
+            series.setdefault(f"{row['sweep']}, {row['how']}", []).append((row["size"], row["nanoseconds"]))
+    points = [point for line in series.values() for point in line]
+    sizes, costs = [math.log10(x) for x, _ in points], [math.log10(y) for _, y in points]
+    left, top, width, height = 70, 20, 480, 240
+
+    def place(x: float, y: float) -> str:
+        across = (math.log10(x) - min(sizes)) / max(max(sizes) - min(sizes), 1e-9)
+        up = (math.log10(y) - min(costs)) / max(max(costs) - min(costs), 1e-9)
+        return f"{left + width * across:.1f},{top + height * (1 - up):.1f}"
+
+    body = []
+    for exponent in range(math.ceil(min(sizes)), math.floor(max(sizes)) + 1):
+        x = place(10**exponent, 10 ** min(costs)).split(",")[0]
+        body.append(f'<line x1="{x}" y1="{top}" x2="{x}" y2="{top + height}" class="g"/>')
+        body.append(f'<text x="{x}" y="14" text-anchor="middle">1e{exponent}</text>')
+    for exponent in range(math.ceil(min(costs)), math.floor(max(costs)) + 1):
+        y = place(10 ** min(sizes), 10**exponent).split(",")[1]
+        body.append(f'<line x1="{left}" y1="{y}" x2="{left + width}" y2="{y}" class="g"/>')
+        body.append(f'<text x="{left - 8}" y="{y}" text-anchor="end">{_time(10**exponent)}</text>')
+    for number, line in enumerate(series.values()):
+        colour, dash = COLOURS[number % len(COLOURS)], ' stroke-dasharray="4 3"' if number >= len(COLOURS) else ""
+        marks = " ".join(place(*point) for point in line)
+        body.append(f'<polyline points="{marks}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
+    return _svg(body, list(series), left + width + 20, top + height)
+
+
+def _svg(body: list[str], names: list[str], width: int, height: float) -> str:
+    """The picture, with a legend below."""
+    legend = []
+    for number, name in enumerate(names):
+        x, y = 20 + 210 * (number % 3), height + 24 + 18 * (number // 3)
+        legend.append(f'<circle cx="{x}" cy="{y - 4}" r="4" fill="{COLOURS[number % len(COLOURS)]}"/>')
+        legend.append(f'<text x="{x + 10}" y="{y}">{name}</text>')
+    height += 34 + 18 * ((len(names) - 1) // 3)
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}">'
+    style = "<style>text{font:12px sans-serif;fill:#333}.g{stroke:#ddd}</style>"
+    ground = f'<rect width="{width}" height="{height}" fill="#fff"/>'
+    return "\n".join([head, style, ground, *body, *legend, "</svg>"]) + "\n"
+
+
+if __name__ == "__main__":
+    main()
