@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import results
+from benchmarks import command
 from benchmarks.arms import ARMS
-from benchmarks.results import Results, progress
+from benchmarks.command import Results, progress
 from benchmarks.timing import compare, seconds_of
 from benchmarks.work import prepare
 from probe import sketch
@@ -26,8 +26,8 @@ SIZES = {"cpu": (10_000, 1_000_000, 10_000_000), "cuda": (10_000, 1_000_000, 10_
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    options = results.arguments(__doc__).parse_args(words)
-    results.start(options)
+    options = command.arguments(__doc__).parse_args(words)
+    command.start(options)
     seconds = 0.3 if options.quick else 2.0
     tasks: list[tuple[Callable[..., None], Any]] = [(launch, ())]
     tasks += [(bandwidth, (size,)) for size in SIZES[options.device]]
@@ -39,7 +39,7 @@ def main(words: Sequence[str] | None = None) -> None:
             try:
                 measure(found, options.device, seconds, *which)
             except (RuntimeError, MemoryError) as error:
-                if not results.out_of_memory(error):
+                if not command.out_of_memory(error):
                     raise
                 found.add(f"{measure.__name__} {which}: too little memory", what=measure.__name__, failed="memory")
 

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import results
+from benchmarks import command
 from benchmarks.arms import ARMS, Arm, Attached
+from benchmarks.command import Results, progress
 from benchmarks.counts import Counts, count
-from benchmarks.results import Results, progress
 from benchmarks.timing import Ratio, compare
 from benchmarks.work import Work, calls, prepare
 
@@ -36,7 +36,7 @@ class Task(NamedTuple):
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = results.arguments(__doc__)
+    parser = command.arguments(__doc__)
     parser.add_argument(
         "--model", default="resnet18", help="gpt, mlp200, resnet18, resnet50, vit_b_16, module:function"
     )
@@ -50,7 +50,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, help="how long to measure an arm; at least so many")
     options = parser.parse_args(words)
     every, chosen = _every(options.every), _arms(options.arms, options.mode)
-    results.start(options)
+    command.start(options)
     if options.compile:
         torch._dynamo.config.skip_nnmodule_hook_guards = False  # else a copy without hooks lends its code to one with
     settings = {key: value for key in ("batch", "size") if (value := getattr(options, key)) is not None}
@@ -60,7 +60,7 @@ def main(words: Sequence[str] | None = None) -> None:
         base.step()
         run = Run(base, options.seconds or (0.5 if options.quick else 4.0), 3 if options.quick else 5)
     except (RuntimeError, MemoryError) as error:
-        if not results.out_of_memory(error):
+        if not command.out_of_memory(error):
             raise
         raise SystemExit(_too_little(options.model, error)) from error
     kept = {key: getattr(options, key) for key in ("model", "mode", "device", "dtype", "batch", "size", "compile")}
@@ -106,7 +106,7 @@ def measure(task: Task, work: Work, run: Run, found: Results) -> None:
         counts = _counts(arm, every, work, run) if against.name == "bare" else None
         ratio = _ratio(arm, every, against, work, run)
     except Exception as error:
-        why = _too_little(arm.name, error) if results.out_of_memory(error) else f"{type(error).__name__}: {error}"
+        why = _too_little(arm.name, error) if command.out_of_memory(error) else f"{type(error).__name__}: {error}"
         found.add(f"{label:28} {why.splitlines()[0][:90]}", **row, failed=why.splitlines()[0])
         return
     if counts is not None:
@@ -120,7 +120,8 @@ def _counts(arm: Arm, every: int, work: Work, run: Run) -> Counts:
     """What the arm adds to the counts of a step: of an observed one, or where there are others, of one of those."""
     twin = work.twin()
     twin.step()
-    with arm.attach(twin, every) as attached:
+    apart = max(every, 10) if every > 1 else 1  # so far that none of the counted steps is observed
+    with arm.attach(twin, apart) as attached:
         if every > 1:
             attached.step()
             attached.finish()

@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import libraries, results
+from benchmarks import command, libraries
+from benchmarks.command import Results, progress
 from benchmarks.libraries import Adapter
-from benchmarks.results import Results, progress
 from benchmarks.timing import compare
 from benchmarks.work import prepare
 
@@ -77,7 +77,7 @@ QUICK = {"outputs": ("resnet18",), "histograms": ("resnet18",), "Grad-CAM": ("re
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = results.arguments(__doc__)
+    parser = command.arguments(__doc__)
     parser.add_argument("--peers", help="only these, with commas between (and probe)")
     parser.add_argument("--models", help="only these, with commas between: resnet18,gpt,mlp200")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -88,7 +88,7 @@ def main(words: Sequence[str] | None = None) -> None:
     names = list(dict.fromkeys(peer.name for peer in PEERS))
     chosen = _listed(options.peers, names, "--peers")
     models = _listed(options.models, list(MODELS["outputs"]), "--models")
-    results.start(options)
+    command.start(options)
     with Results("peers", options, device=options.device) as found:
         print(f"{'work':11} {'model':9} {'library':25} {'/ bare':>24} {'/ probe':>24} {'true':>9}  note")
         tasks = [
@@ -132,8 +132,8 @@ def run(module: str | None, tasks: list[Task], options: Any, found: Results) -> 
         "threads": options.threads,
         "quick": options.quick,
     }
-    command = [sys.executable, "-m", "benchmarks.peers", "--worker", json.dumps(order)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    line = [sys.executable, "-m", "benchmarks.peers", "--worker", json.dumps(order)]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     left = list(tasks)
     try:
         assert process.stdout is not None
@@ -178,7 +178,7 @@ def worker(order: dict[str, Any]) -> None:
     """Measure one library: a line of JSON for each task, on a stdout that the library itself can't write to."""
     torch.set_num_threads(order["threads"])
     out = sys.stdout
-    results.quiet()
+    command.quiet()
     for name, work, model in order["tasks"]:
         with contextlib.redirect_stdout(io.StringIO()):
             try:
@@ -203,11 +203,11 @@ def measure(peer: Peer, model: str, device: str, quick: bool) -> dict[str, Any]:
         truth = job.truth() if job.truth else TRUTH[peer.work](work.twin())
         right = sum(key in values and _same(peer.work, values[key], expected) for key, expected in truth.items())
         base = job.work or work
-        row = {"true": right, "all": len(truth), "ratio": results.plain(compare(job.run, base.twin().step, **time))}
+        row = {"true": right, "all": len(truth), "ratio": command.plain(compare(job.run, base.twin().step, **time))}
         row["to_probe"] = None
         if peer.name != "probe":
             with _peer("probe", peer.work).adapter(base.twin()) as own:
-                row["to_probe"] = results.plain(compare(job.run, own.run, **time))
+                row["to_probe"] = command.plain(compare(job.run, own.run, **time))
     return row
 
 

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks import results
-from benchmarks.results import Results, progress
+from benchmarks import command
+from benchmarks.command import Results, progress
 from benchmarks.timing import Ratio, compare, seconds_of
 from benchmarks.work import Work
 from probe import Board, Kind, Probe, histogram, sketch, stats
@@ -59,10 +59,10 @@ class Wide(nn.Module):
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = results.arguments(__doc__)
+    parser = command.arguments(__doc__)
     parser.add_argument("--steps", type=int, help="of the longest run; 10000 by default")
     options = parser.parse_args(words)
-    results.start(options)
+    command.start(options)
     quick, device = options.quick, options.device
     seconds = 0.2 if quick else 1.0
     layers = (10, 30, 100, 300) if quick else (10, 30, 100, 300, 1000)
@@ -137,7 +137,7 @@ def sweep(
             with _attached(how, work) as step:
                 ratio = compare(step, bare.step, seconds=seconds, least=5)
         except (RuntimeError, MemoryError) as error:
-            if not results.out_of_memory(error):
+            if not command.out_of_memory(error):
                 raise
             found.add(f"{what:9} {how:16} {size:>11,}  too little memory", **row, failed="too little memory")
             break
@@ -182,7 +182,7 @@ def sketches(found: Results, device: str, sizes: Sequence[int], seconds: float) 
             x = torch.randn(size, device=device)
             costs[size] = seconds_of(lambda: sketch.of(x), seconds=seconds)  # noqa: B023
         except (RuntimeError, MemoryError) as error:
-            if not results.out_of_memory(error):
+            if not command.out_of_memory(error):
                 raise
             found.add(f"elements  sketch.of {size:>18,}  too little memory", **row, failed="too little memory")
             break

@@ -1,0 +1,390 @@
+"""The benchmarks: what they count is right and does not grow, what goes wrong is told, the report is what is kept."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import command, counts, libraries, limits, overhead, peers, report, scaling, timing
+from benchmarks.arms import ARMS, Arm
+from benchmarks.work import Work
+from probe import Probe
+
+ROOT = Path(__file__).parent.parent
+Row = dict[str, Any]
+
+
+def layered() -> tuple[nn.Module, torch.Tensor]:
+    """Forty layers that are called once each."""
+    return nn.Sequential(*[nn.Linear(8, 8) for _ in range(40)]), torch.randn(4, 8)
+
+
+def inplace() -> tuple[nn.Module, torch.Tensor]:
+    """A model two of whose outputs are overwritten, and one of whose layers is called twice."""
+    relu = nn.ReLU(inplace=True)
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), relu, nn.Conv2d(4, 4, 3), relu, nn.Flatten(), nn.Linear(64, 5)]
+    return nn.Sequential(*layers), torch.randn(2, 3, 8, 8)
+
+
+def broken() -> Any:
+    """A model's function that forgot its inputs."""
+    return layered()[0]
+
+
+@pytest.fixture(autouse=True)
+def _no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands bound the memory of their process, which here is the tests'."""
+    monkeypatch.setattr(command, "_bound_memory", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int | None], Row]:
+    """What ``benchmarks.overhead`` keeps of forty layers in training, in its quickest setting."""
+    out = tmp_path_factory.mktemp("benchmarks") / "overhead.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "_bound_memory", lambda: None)
+        words = ["--quick", "--seconds", "0.001", "--every", "1,3", "--model", f"{__name__}:layered"]
+        overhead.main([*words, "--threads", str(torch.get_num_threads()), "--device", "cpu", "--out", str(out)])
+    kept = json.loads(out.read_text(encoding="utf-8"))
+    assert kept["complete"]
+    assert kept["settings"]["calls"] == 40
+    return {(row["arm"], row["every"]): row for row in kept["rows"] if row["against"] == "bare"}
+
+
+# -- the guard: what can be counted does not grow ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arm", "most"),
+    [
+        ("empty hook", 4),
+        ("reference", 5),
+        ("output", 5),
+        ("input", 15),
+        ("grad_output", 18),
+        ("grad_input", 37),
+        ("all but grad_input", 30),
+        ("all four", 52),
+    ],
+)
+def test_python_calls_a_hooked_call(rows: dict[tuple[str, int | None], Row], arm: str, most: float) -> None:
+    """How many Python functions one hooked call runs, forward and backward together, does not grow."""
+    assert 0 < rows[arm, None]["python_calls"] / 40 <= most
+
+
+@pytest.mark.parametrize(("arm", "least"), [("reference", 40), ("output", 40), ("input", 40), ("all four", 80)])
+def test_hooks_attached(rows: dict[tuple[str, int | None], Row], arm: str, least: int) -> None:
+    """A hook or two a layer, and two on the root of a probe's model."""
+    assert least <= rows[arm, None]["hooks"] <= 2 * 40 + 2
+
+
+@pytest.mark.parametrize("arm", ["output", "input", "grad_output", "grad_input", "all four"])
+def test_captures_cross_to_no_host_and_copy_nothing(rows: dict[tuple[str, int | None], Row], arm: str) -> None:
+    """No capture is a transfer, and where nothing is overwritten none takes memory beyond what it keeps alive."""
+    assert rows[arm, None]["transfers"] == 0
+    assert rows[arm, None]["allocations"] == 0
+    kinds = 2 if arm == "all four" else 1
+    assert rows[arm, None]["held"] <= kinds * rows["clone", None]["held"]
+
+
+@pytest.mark.parametrize("arm", ["stats", "stats+histogram", "full log"])
+def test_one_transfer_an_observed_step_and_nothing_in_between(
+    rows: dict[tuple[str, int | None], Row], arm: str
+) -> None:
+    """Everything of an observed step crosses at once; in a step that is not observed no layer has a hook."""
+    assert rows[arm, 1]["transfers"] == 1
+    between = rows[arm, 3]
+    assert (between["hooks"], between["transfers"], between["allocations"], between["held"]) == (0, 0, 0, 0)
+    assert between["python_calls"] <= 40
+
+
+def test_nothing_is_left_after_a_probe(rows: dict[tuple[str, int | None], Row]) -> None:
+    """Once a probe has left, a step does what it did before."""
+    left = rows["after a probe", None]
+    assert [left[key] for key in counts.Counts._fields] == [0] * len(counts.Counts._fields)
+
+
+def test_every_arm_was_measured(rows: dict[tuple[str, int | None], Row]) -> None:
+    """No arm that makes sense in training failed."""
+    assert {arm for arm, _ in rows} == {arm.name for arm in ARMS if "train" in arm.modes}
+    assert all("failed" not in row and row["ratio"]["median"] > 0 for row in rows.values())
+
+
+# -- counting ----------------------------------------------------------------------------------------------------------
+
+
+def test_counted_transfers_are_those_that_a_device_would_see() -> None:
+    """``.item()``, ``.cpu()``, ``.to("cpu")``, ``if tensor`` are counted; moving to where a tensor is, is not."""
+    x = torch.ones(3)
+
+    def run() -> None:
+        x.sum().item()
+        x.cpu()
+        x.to("cpu")
+        assert x.sum() > 0
+        x.to(x.device).add(1).float()
+
+    assert counts.count(nn.Identity(), run, "cpu").transfers == 4
+
+
+def test_counted_memory_is_what_was_allocated() -> None:
+    """Held, peak and allocations, to the byte; what was there before and is freed in the step does not count."""
+    before = [torch.ones(5000)]
+    kept: list[torch.Tensor] = []
+
+    def run() -> None:
+        before.clear()
+        passing = torch.ones(1000)
+        kept.append(torch.ones(100))
+        del passing
+
+    found = counts.count(nn.Identity(), run, "cpu")
+    assert (found.allocations, found.held, found.peak) == (2, 400, 4400)
+
+
+def test_python_calls_are_counted_and_the_profiler_is_put_back() -> None:
+    """Exactly the calls of Python functions; whoever profiles goes on to."""
+
+    def inner() -> None:
+        len("builtin functions do not count")
+
+    def run() -> None:
+        inner()
+        inner()
+
+    before = sys.getprofile()
+    assert counts.python_calls(run) == 3
+    assert sys.getprofile() is before
+
+
+# -- timing ------------------------------------------------------------------------------------------------------------
+
+
+def test_compare_is_the_median_of_alternating_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock of its own: the ratio, its quartiles, what a run takes beyond, and who goes first."""
+    clock = [0.0]
+    order: list[str] = []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+
+    def taking(name: str, seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            order.append(name)
+            clock[0] += seconds
+
+        return run
+
+    ratio = timing.compare(taking("a", 0.03), taking("b", 0.02), seconds=0.5, least=4)
+    assert ratio.median == pytest.approx(1.5)
+    assert (ratio.low, ratio.high, ratio.beyond) == pytest.approx((1.5, 1.5, 0.01))
+    assert ratio.differs
+    assert "".join(order[-8:]) in ("abbaabba", "baabbaab")
+    assert not timing.Ratio(1.1, 0.9, 1.2, 9).differs
+
+
+# -- what goes wrong ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "expected"),
+    [
+        (overhead.main, ["--model", "lenet"], "there are gpt, mlp200, resnet18"),
+        (overhead.main, ["--model", "no.such:model"], "No module named 'no'"),
+        (overhead.main, ["--model", f"{__name__}:absent"], "has no attribute 'absent'"),
+        (overhead.main, ["--model", f"{__name__}:broken"], r"must return \(model, inputs\), not Sequential"),
+        (overhead.main, ["--model", f"{__name__}:layered", "--batch", "3"], "unexpected keyword argument 'batch'"),
+        (overhead.main, ["--arms", "nothing"], "in mode train there are bare, empty hook"),
+        (overhead.main, ["--every", "0"], "whole numbers of at least 1"),
+        (overhead.main, ["--out", "/no/such/folder/file.json"], "there is no folder /no/such/folder"),
+        (peers.main, ["--peers", "tensorflow"], "no 'tensorflow' here; there are probe"),
+        (peers.main, ["--models", "lenet"], "no 'lenet' here; there are resnet18, gpt"),
+    ],
+)
+def test_what_cannot_be_had_is_said(main: Callable[[list[str]], None], words: list[str], expected: str) -> None:
+    """One line that says what was asked, and what there is."""
+    with pytest.raises(SystemExit, match=expected):
+        main(words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_said() -> None:
+    """So is a device that is not there."""
+    with pytest.raises(SystemExit, match="torch sees no GPU"):
+        limits.main(["--device", "cuda"])
+
+
+def test_ctrl_c_keeps_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows before it are in the file, which says that it is not complete."""
+    out = tmp_path / "kept.json"
+    attach = ARMS[0].attach
+
+    def interrupted(work: Work, every: int) -> Any:
+        raise KeyboardInterrupt
+
+    arms = (Arm("first", "", attach), Arm("second", "", interrupted), Arm("third", "", attach))
+    monkeypatch.setattr(overhead, "ARMS", (*arms, *ARMS[:1]))
+    words = ["--quick", "--seconds", "0.001", "--mode", "forward", "--arms", "first,second,third"]
+    with pytest.raises(SystemExit) as stopped:
+        overhead.main([*words, "--model", f"{__name__}:layered", "--device", "cpu", "--out", str(out)])
+    assert stopped.value.code == 130
+    kept = json.loads(out.read_text(encoding="utf-8"))
+    assert [row["arm"] for row in kept["rows"]] == ["first"]
+    assert not kept["complete"]
+    assert "the 1 rows above" in capsys.readouterr().err
+
+
+def test_too_little_memory_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An arm that runs out of memory is told, and the next ones are measured."""
+    out = tmp_path / "kept.json"
+
+    def greedy(work: Work, every: int) -> Any:
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr(overhead, "ARMS", (Arm("greedy", "", greedy), *ARMS[:1]))
+    words = ["--quick", "--seconds", "0.001", "--mode", "forward", "--device", "cpu", "--out", str(out)]
+    overhead.main([*words, "--model", f"{__name__}:layered"])
+    first, second = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert first["failed"].startswith("greedy: too little memory; take a smaller --batch")
+    assert second["ratio"]["pairs"] >= 2
+
+
+# -- peers -------------------------------------------------------------------------------------------------------------
+
+
+def _right(adapter: libraries.Adapter, work: Work) -> int:
+    with adapter(work.twin()) as job:
+        job.run()
+        values = job.values()
+    truth = libraries.true_outputs(work)
+    return sum(key in values and peers._same("outputs", values[key], each) for key, each in truth.items())
+
+
+def test_true_values_are_told_from_overwritten_ones() -> None:
+    """References are wrong where an in-place operation follows, and probe's captures are not."""
+    model, x = inplace()
+    work = Work(model.eval(), x)
+    assert len(libraries.true_outputs(work)) == 7
+    assert _right(libraries.by_hand, work) == 5
+    assert _right(libraries.probe_attached, work) == _right(libraries.probe_anew, work) == 7
+    assert _right(libraries.torchvision_extractor, work) < 7
+
+
+@pytest.mark.parametrize("adapter", [libraries.probe_log, libraries.summary_writer])
+def test_true_histograms(adapter: libraries.Adapter) -> None:
+    """What TensorBoard reads back agrees with the parameters and gradients of that step."""
+    model, x = inplace()
+    work = Work(model, x, torch.optim.SGD(model.parameters(), lr=0.1))
+    with adapter(work.twin()) as job:
+        job.run()
+        values = job.values()
+    truth = libraries.true_histograms(work.twin())
+    assert len(truth) == 2 * len(list(model.parameters()))
+    assert all(peers._same("histograms", values[key], each) for key, each in truth.items())
+    wrong = {key: (count + 1, low, high) for key, (count, low, high) in truth.items()}
+    assert not any(peers._same("histograms", values[key], each) for key, each in wrong.items())
+
+
+def test_a_missing_peer_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says what to install."""
+    out = tmp_path / "kept.json"
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    peers.main(["--peers", "wandb", "--quick", "--out", str(out)])
+    (row,) = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert row["failed"] == "not installed: pip install wandb"
+
+
+def test_a_dead_peer_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that was killed is told as that."""
+    out = tmp_path / "kept.json"
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    popen = peers.subprocess.Popen
+    monkeypatch.setattr(peers.subprocess, "Popen", lambda line, **rest: popen([sys.executable, "-c", code], **rest))
+    peers.main(["--peers", "reference hook", "--quick", "--out", str(out)])
+    (row,) = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert row["failed"] == "its process was ended by SIGKILL (too little memory?)"
+
+
+# -- scaling -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_exponent_of_a_power() -> None:
+    """Of 7 n**1.5 it is 1.5."""
+    assert scaling.exponent({n: 7 * n**1.5 for n in (10, 100, 1000)}) == pytest.approx(1.5)
+
+
+def _long_run(tmp_path: Path, how: str, work: Work) -> Row:
+    words = ["--quick", "--device", "cpu", "--out", str(tmp_path / "kept.json")]
+    with command.Results("scaling", command.arguments("").parse_args(words)) as found:
+        scaling.long_run(found, how, work, 100)
+    return found.kept["rows"][0]
+
+
+@pytest.mark.parametrize("how", ["output", "all four", "stats+histogram"])
+def test_a_long_run_holds_no_more(tmp_path: Path, how: str) -> None:
+    """No object more after a hundred steps than after twenty."""
+    assert _long_run(tmp_path, how, scaling._deep(2, "cpu"))["objects"] <= 10
+
+
+def test_a_leak_is_seen(tmp_path: Path) -> None:
+    """One list that is kept a step is found."""
+    work = scaling._deep(2, "cpu")
+    leaked: list[Any] = []
+    work.model.register_forward_hook(lambda *_: leaked.append([]))
+    assert _long_run(tmp_path, "output", work)["objects"] >= 60
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_is_what_is_kept() -> None:
+    """``RESULTS.md``, its pictures and the README's table are those of the files under ``benchmarks/results``."""
+    for path, text in report.written(report.load(ROOT / "benchmarks" / "results"), ROOT).items():
+        assert path.read_text(encoding="utf-8") == text, f"{path}: run python -m benchmarks.report"
+
+
+def test_the_report_of_a_run(rows: dict[tuple[str, int | None], Row], tmp_path: Path) -> None:
+    """Every row is in the table, with its command, and the README's table has the median and quartiles."""
+    options = overhead.command.arguments("").parse_args(["--quick", "--device", "cpu"])
+    settings = {"model": "layers", "mode": "train", "device": "cpu", "dtype": "float32", "batch": None}
+    with command.Results("overhead", options, **settings, compile=False, calls=40) as found:
+        for row in rows.values():
+            found.add("", **{**row, "failed": "RuntimeError: because"} if row["arm"] == "full backward" else row)
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "README.md").write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
+    (tmp_path / "kept.json").write_text(json.dumps(found.kept))
+    written = report.written(report.load(tmp_path), tmp_path)
+    readme, text = written[tmp_path / "README.md"], written[tmp_path / "benchmarks" / "RESULTS.md"]
+    print(readme)
+    assert "| training: `Probe(model)`, all four kinds | 2.00 (1.50–12) |" in readme
+    assert "| training: torch's full backward hooks alone | raises |" in readme
+    assert readme.startswith("above\n")
+    assert readme.endswith(f"{report.END}\nbelow\n")
+    assert "old" not in readme
+    assert all(f"| {arm}{f', every {every}' if every else ''} |" in text for arm, every in rows)
+    assert "RuntimeError: because" in text
+    assert any(path.suffix == ".svg" for path in written)
+
+
+def test_a_file_of_something_else_is_told(tmp_path: Path) -> None:
+    """Which file, and what belongs there."""
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(SystemExit, match=r"other\.json is no file of results"):
+        report.load(tmp_path)
+
+
+def test_a_probe_is_no_part_of_a_bare_step() -> None:
+    """The models and steps that everything is measured on carry no hooks of their own."""
+    model, x = layered()
+    work = Work(model, x, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert counts.hooks(work.model) == 0
+    with Probe(work.model):
+        assert counts.hooks(work.model) >= 40
+    assert counts.hooks(work.model) == 0
