@@ -102,7 +102,7 @@ def test_one_transfer_an_observed_step_and_nothing_in_between(
     assert rows[arm, 1]["transfers"] == 1
     between = rows[arm, 3]
     assert (between["hooks"], between["transfers"], between["allocations"], between["held"]) == (0, 0, 0, 0)
-    assert between["python_calls"] <= 40
+    assert between["python_calls"] <= 60  # of the whole step: a few a step, none a layer
 
 
 def test_nothing_is_left_after_a_probe(rows: dict[tuple[str, int | None], Row]) -> None:
@@ -356,7 +356,11 @@ def test_the_report_of_a_run(rows: dict[tuple[str, int | None], Row], tmp_path: 
     settings = {"model": "layers", "mode": "train", "device": "cpu", "dtype": "float32", "batch": None}
     with command.Results("overhead", options, **settings, compile=False, calls=40) as found:
         for row in rows.values():
-            found.add("", **{**row, "failed": "RuntimeError: because"} if row["arm"] == "full backward" else row)
+            changed = {
+                "full backward": {"failed": "RuntimeError: because"},
+                "all four": {"ratio": {"median": 2.0, "low": 1.5, "high": 12.3, "differs": True}},
+            }
+            found.add("", **{**row, **changed.get(row["arm"], {})})
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "README.md").write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
     (tmp_path / "kept.json").write_text(json.dumps(found.kept))
