@@ -1,13 +1,13 @@
-"""Class activation maps beside grad-cam, torch-cam and captum: error, time, peak memory, and what is left behind.
+"""Class activation maps beside grad-cam, torch-cam and captum: ``python -m benchmarks.cam``.
 
-    pip install grad-cam torchcam captum        # optional: whoever is missing is left out
-    python benchmarks/cam.py [--batch 8] [--repeats 7] [--methods grad_cam score_cam ...]
+    pip install grad-cam torchcam captum        # whoever is missing: a row that says so
 
-Error: the largest difference from the oracle (``torch.autograd.grad`` on the network cut in two by hand), as a share
-of the map's maximum; peers return maps after ReLU and scaling to 0..1, so all are compared like that. Time: the
-median of the ratios of interleaved pairs of CPU time, peer / probe, above 1 where probe is faster. Peak: memory
-beyond what was resident before, in a process of its own, in MB, measured by the kernel. Left: what differs on the
-model afterwards. Everything runs on one CPU thread with random weights; GPUs are not measured here.
+Error: the largest difference from the oracle (``torch.autograd.grad`` on the network cut in two by hand), as a share of
+the map's maximum; peers return maps after ReLU and scaling to 0..1, so all are compared like that. Time: the ratio of
+interleaved pairs, peer / `probe`, above 1 where `probe` is faster; for `probe` itself, its time / that of a plain
+forward without a graph. Peak: memory beyond what was resident before, in a process of its own, measured by the kernel
+(Linux). Left: what differs on a model in train mode, half of it frozen, with gradients, after one explanation. Random
+weights, on the CPU; GPUs are not measured here.
 """
 
 from __future__ import annotations
@@ -16,29 +16,26 @@ import argparse
 import contextlib
 import ctypes
 import gc
+import importlib.metadata
 import io
 import json
-import os
-import statistics
 import subprocess
 import sys
-import time
-import warnings
-from collections.abc import Callable
-from typing import Any
-
-os.environ["OMP_NUM_THREADS"] = "1"
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks import command
+from benchmarks.command import Results, progress
+from benchmarks.timing import Ratio, compare
 from probe import cam
 
-MODELS = {"resnet18": "layer4", "alexnet": "features.10", "convnext_tiny": "features", "vit_b_16": "encoder.ln_1"}
-LIBRARIES = ("probe", "grad-cam", "torchcam", "captum")
-METHODS = {
+LIBRARIES = ("probe", "grad-cam", "torchcam", "captum")  # as pip calls them
+METHODS = {  # the classes of grad-cam and of torch-cam
     "grad_cam": ("GradCAM", "GradCAM"),
     "grad_cam_pp": ("GradCAMPlusPlus", "GradCAMpp"),
     "xgrad_cam": ("XGradCAM", "XGradCAM"),
@@ -48,19 +45,37 @@ METHODS = {
     "score_cam": ("ScoreCAM", "ScoreCAM"),
     "ablation_cam": ("AblationCAM", None),
 }
-SLOW = ("score_cam", "ablation_cam")
+GRADIENT = ("grad_cam", "grad_cam_pp", "xgrad_cam", "layer_cam", "hires_cam")
 Explainer = Callable[[], Tensor]
 
 
-def build(name: str) -> tuple[nn.Module, nn.Module, str]:
-    """A model with random weights, its layer, and that layer's name."""
+class Work(NamedTuple):
+    """One model, at one size, and the methods that are measured on it; of `errors` only the error is of interest."""
+
+    model: str
+    layer: str
+    batch: int
+    size: int
+    methods: tuple[str, ...]
+    errors: tuple[str, ...] = ()
+
+
+WORKS = (
+    Work("resnet18", "layer4", 8, 224, (*GRADIENT, "eigen_cam")),
+    Work("alexnet", "features.10", 8, 224, ("grad_cam",), GRADIENT[1:]),  # an in-place ReLU follows the layer
+    Work("convnext_tiny", "features", 2, 224, ("grad_cam",)),
+    Work("vit_b_16", "encoder.layers.encoder_layer_11.ln_1", 1, 224, ("grad_cam",)),
+    Work("resnet18", "layer4", 1, 64, ("score_cam", "ablation_cam")),
+)
+
+
+def build(work: Work) -> tuple[nn.Module, nn.Module, Tensor]:
+    """The model with random weights, the layer to explain, and an input."""
     torch.manual_seed(0)
-    model = getattr(torchvision.models, name)(weights=None).eval()
-    layer = MODELS[name]
-    if name == "vit_b_16":
+    model = getattr(torchvision.models, work.model)(weights=None).eval()
+    if work.model == "vit_b_16":  # whose head torchvision starts at zero
         nn.init.normal_(model.heads.head.weight, std=0.02)
-        layer = "encoder.layers.encoder_layer_11.ln_1"
-    return model, model.get_submodule(layer), layer
+    return model, model.get_submodule(work.layer), torch.randn(work.batch, 3, work.size, work.size)
 
 
 def tokens_to_map(x: Tensor) -> Tensor:
@@ -68,12 +83,12 @@ def tokens_to_map(x: Tensor) -> Tensor:
     return x[:, 1:].transpose(1, 2).unflatten(2, (14, 14))
 
 
-def explainer(library: str, method: str, model: nn.Module, layer: nn.Module, name: str, x: Tensor) -> Explainer | None:
+def explainer(library: str, method: str, work: Work, model: nn.Module, layer: nn.Module, x: Tensor) -> Explainer | None:
     """A call that explains class 0 of every image, or None where the library has no such method."""
     theirs, torchcams = METHODS[method]
-    transformer = name.startswith("encoder")
+    transformer = work.model == "vit_b_16"
     if library == "probe":
-        return lambda: cam.explain(model, x, layer=name, target=0, method=getattr(cam, method))
+        return lambda: cam.explain(model, x, layer=work.layer, target=0, method=getattr(cam, method))
     if library == "grad-cam":
         import pytorch_grad_cam
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
@@ -86,13 +101,15 @@ def explainer(library: str, method: str, model: nn.Module, layer: nn.Module, nam
 
         return run
     if library == "torchcam":
-        if torchcams is None or (transformer and method in SLOW):
+        if torchcams is None:
             return None
         from torchcam import methods
 
         def run() -> Tensor:
             with getattr(methods, torchcams)(model, layer, input_shape=tuple(x.shape[1:])) as explain:
-                return explain([0] * len(x), model(x))[0]
+                with torch.set_grad_enabled(method in GRADIENT):
+                    scores = model(x)
+                return explain([0] * len(x), scores)[0]
 
         return run
     if method != "grad_cam" or transformer:
@@ -102,8 +119,11 @@ def explainer(library: str, method: str, model: nn.Module, layer: nn.Module, nam
     return lambda: LayerGradCam(model, layer).attribute(x, target=0, relu_attributions=True)[:, 0].detach()
 
 
-def oracle(name: str, method: str, model: nn.Module, x: Tensor) -> Tensor | None:
-    """Raw maps by autograd on the model cut by hand; None where the cut is not written here."""
+# -- error -------------------------------------------------------------------------------------------------------------
+
+
+def oracle(method: str, model: nn.Module, name: str, x: Tensor) -> Tensor | None:
+    """Raw maps by autograd on the model cut by hand; None where the cut, or the method, is not written here."""
     if name == "resnet18":
         stem = nn.Sequential(*list(model.children())[:8])
         value, head = stem(x).detach(), lambda a: model.fc(a.mean((2, 3)))
@@ -141,6 +161,9 @@ def shown(maps: Tensor, size: tuple[int, ...]) -> Tensor:
     return maps if maps.shape[1:] == size else scaled(F.interpolate(maps[:, None], size, mode="bilinear")[:, 0])
 
 
+# -- what is left, and memory ------------------------------------------------------------------------------------------
+
+
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """Everything about a model that explaining it must not change."""
     return {
@@ -155,18 +178,18 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def left_behind(library: str, method: str, name: str) -> str:
+def left_behind(library: str, method: str, work: Work) -> str:
     """What differs on a model in train mode, with gradients and a frozen half, after one explanation."""
-    model, layer, layer_name = build(name)
+    model, layer, x = build(work._replace(batch=2))
     for i, parameter in enumerate(model.parameters()):
         parameter.grad = torch.ones_like(parameter)
         parameter.requires_grad_(i % 2 == 0)
     model.train()
     before = fingerprint(model)
+    call = explainer(library, method, work, model, layer, x)
+    if call is None:
+        return ""
     try:
-        call = explainer(library, method, model, layer, layer_name, torch.randn(2, 3, 224, 224))
-        if call is None:
-            return ""
         call()
     except Exception as error:
         return f"raises {type(error).__name__}"
@@ -174,25 +197,24 @@ def left_behind(library: str, method: str, name: str) -> str:
     return ", ".join(key for key in before if before[key] != after[key]) or "nothing"
 
 
-def memory(library: str, method: str, name: str, batch: int) -> float:
-    """Peak memory of one call in MB beyond what is resident; ``forward`` is a plain forward without a graph."""
-    model, layer, layer_name = build(name)
-    x = torch.randn(batch, 3, 224, 224)
-    small = explainer(library, method, model, layer, layer_name, x[:1]) if library != "forward" else None
-    if small is not None:
-        small()  # imports, thread pools and kernels' workspaces are not the method's
-    call = explainer(library, method, model, layer, layer_name, x) if library != "forward" else lambda: model(x)
-    if call is None:
-        return float("nan")
+def memory(library: str, method: str, work: Work) -> int:
+    """Peak memory of one call in bytes beyond what is resident; ``forward`` is a plain forward without a graph."""
+    model, layer, x = build(work)
+    calls = [
+        torch.no_grad()(lambda rows=rows: model(rows))
+        if library == "forward"
+        else explainer(library, method, work, model, layer, rows)
+        for rows in (x[:1], x)
+    ]
+    calls[0]()  # imports, thread pools and kernels' workspaces are not the method's
     model.zero_grad()
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # resets the peak
     before = _status("VmRSS")
-    with torch.no_grad() if library == "forward" else contextlib.nullcontext():
-        call()
-    return (_status("VmHWM") - before) / 1024
+    calls[1]()
+    return 1024 * (_status("VmHWM") - before)
 
 
 def _status(key: str) -> int:
@@ -200,95 +222,130 @@ def _status(key: str) -> int:
         return next(int(line.split()[1]) for line in file if line.startswith(key))
 
 
-def times(a: Explainer, b: Explainer, repeats: int) -> tuple[float, float]:
-    """Median milliseconds of `a`, and the median ratio b / a over interleaved pairs."""
-    a(), b()
-    found = []
-    for i in range(repeats):
-        spent = {}
-        for key, call in (("a", a), ("b", b)) if i % 2 else (("b", b), ("a", a)):
-            start = time.process_time()
-            call()
-            spent[key] = time.process_time() - start
-        found.append(spent)
-    ratios = [pair["b"] / pair["a"] for pair in found]
-    return 1000 * statistics.median(pair["a"] for pair in found), statistics.median(ratios)
+# -- one process a library and a model ---------------------------------------------------------------------------------
 
 
-def measure(library: str, method: str, name: str, batch: int, repeats: int) -> dict[str, Any]:
-    """One row's numbers, in a process of its own."""
-    model, layer, layer_name = build(name)
-    x = torch.randn(batch, 3, 224, 224)
-    theirs = explainer(library, method, model, layer, layer_name, x)
-    ours = explainer("probe", method, model, layer, layer_name, x)
-    if theirs is None or ours is None:
-        return {}
+def measure(library: str, method: str, work: Work, seconds: float, least: int) -> dict[str, Any] | None:
+    """One row's error and time; None where the library has no such method."""
+    model, layer, x = build(work)
+    theirs = explainer(library, method, work, model, layer, x)
+    if theirs is None:
+        return None
     row: dict[str, Any] = {}
-    expected, maps = oracle(name, method, model, x), theirs()
+    expected, maps = oracle(method, model, work.model, x), theirs()
     if expected is not None:
         size = tuple(maps.shape[1:])
         row["error"] = float((shown(maps, size) - shown(expected, size)).abs().max())
-    row["ms"], row["ratio"] = times(ours, theirs, repeats)
+    if method in work.methods:
+        ours = explainer("probe", method, work, model, layer, x)
+        base = torch.no_grad()(lambda: model(x)) if library == "probe" else ours
+        row["ratio"] = compare(theirs, base, seconds=seconds, least=least)._asdict()
     return row
 
 
-def worker(arguments: list[str]) -> None:
-    what, library, method, name, batch, repeats = arguments
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
+def worker(order: dict[str, Any]) -> None:
+    """Do what an order says, and print the rows that came of it as JSON."""
+    work = Work(*order["work"])
+    torch.set_num_threads(order["threads"])
+    library, rows = order["library"], []
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        try:
-            if what == "memory":
-                result: Any = memory(library, method, name, int(batch))
-            elif what == "left":
-                result = left_behind(library, method, name)
+        for method in order["methods"]:
+            try:
+                if order["what"] == "memory":
+                    row: Any = {"peak": memory(library, method, work)}
+                elif order["what"] == "left":
+                    row = {"left": left_behind(library, method, work)}
+                else:
+                    row = measure(library, method, work, order["seconds"], order["least"])
+            except Exception as error:
+                row = {"failed": f"{type(error).__name__}: {error}"[:100]}
+            rows.append(row)
+    print(json.dumps(rows))
+
+
+def ask(work: Work, methods: Sequence[str], **order: Any) -> list[Any]:
+    """A worker's rows; ``{"failed": why}`` for each where it died."""
+    line = json.dumps({"work": work, "methods": methods, **order})
+    words = [sys.executable, "-W", "ignore", "-m", "benchmarks.cam", "--worker", line]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode or not done.stdout:
+        return [{"failed": (done.stderr.strip().splitlines() or ["died"])[-1][:100]}] * len(methods)
+    found: list[Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def version(library: str) -> str | None:
+    """The installed version; None if it is missing."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return "" if library == "probe" else importlib.metadata.version(library)
+    return None
+
+
+def rows_of(work: Work, library: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Everything about one library on one model."""
+    start = {"model": work.model, "batch": work.batch, "size": work.size, "library": library}
+    if version(library) is None:
+        return [{**start, "method": "", "failed": f"not installed: pip install {library}"}]
+    methods = (*work.methods, *work.errors)
+    seconds, least = (2.0, 5) if options.quick else (6.0, 3 if "score_cam" in methods else 7)
+    order = {"library": library, "threads": options.threads, "seconds": seconds, "least": least}
+    found = []
+    for method, row in zip(methods, ask(work, methods, what="measure", **order), strict=True):
+        if row is None:
+            continue
+        row = {**start, "version": version(library), "method": method, **row}
+        if "ratio" in row:
+            row["ratio"] = Ratio(**row["ratio"])
+            row |= ask(work, [method], what="memory", **order)[0] if method in ("grad_cam", "score_cam") else {}
+            row |= (
+                ask(work, [method], what="left", **order)[0]
+                if work.model == "resnet18" and method == "grad_cam"
+                else {}
+            )
+        found.append(row)
+    return found
+
+
+def text_of(row: dict[str, Any]) -> str:
+    start = f"{row['model']:13} {row['method']:12} {row['library']:8}"
+    if "failed" in row:
+        return f"{start} {row['failed']}"
+    error = f"{row['error']:.1e}" if "error" in row else ""
+    peak = f"{row['peak'] / 1e6:.0f} MB" if "peak" in row else ""
+    ratio = f"{row['ratio'].median:.2f} ({row['ratio'].low:.2f}-{row['ratio'].high:.2f})" if "ratio" in row else ""
+    return f"{start} {error:>8} {ratio:>18} {peak:>8}  {row.get('left', '')}".rstrip()
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = command.arguments(__doc__, device=False)
+    parser.add_argument("--models", help="only these, with commas between")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args(words)
+    if options.worker:
+        worker(json.loads(options.worker))
+        return
+    options.device = "cpu"
+    known = list(dict.fromkeys(work.model for work in WORKS))
+    asked = options.models.split(",") if options.models else known
+    if unknown := [name for name in asked if name not in known]:
+        raise SystemExit(f"--models {options.models}: no {unknown[0]!r} here; there are {', '.join(known)}")
+    command.start(options)
+    works = [work for work in WORKS if work.model in asked]
+    if options.quick:
+        works = [works[0]._replace(methods=("grad_cam",), errors=works[0].methods[1:])]
+    with Results("cam", options, device="cpu") as kept:
+        print(f"{'model':13} {'method':12} {'library':8} {'error':>8} {'time / probe':>18} {'peak':>8}  left behind")
+        tasks = [(work, library) for work in works for library in ("forward", *LIBRARIES)]
+        for work, library in progress(tasks, len(tasks)):
+            if library == "forward":
+                start = {"model": work.model, "batch": work.batch, "size": work.size, "library": "forward"}
+                order = {"library": library, "threads": options.threads, "what": "memory"}
+                rows = [{**start, "method": "", **ask(work, ["grad_cam"], **order)[0]}]
             else:
-                result = measure(library, method, name, int(batch), int(repeats))
-        except ImportError:
-            result = None
-        except Exception as error:
-            result = {"failed": f"{type(error).__name__}: {error}"[:60]} if what == "measure" else None
-    print(json.dumps(result))
-
-
-def run(*arguments: object) -> Any:
-    command = [sys.executable, __file__, "--worker", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 and done.stdout else None
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    options = parser.parse_args()
-    print("| model | method | library | error | time / probe | probe ms | peak MB | left behind |")
-    print("|---|---|---|---|---|---|---|---|")
-    for name in options.models:
-        plain = run("memory", "forward", "grad_cam", name, options.batch, 1)
-        print(f"| {name} | *plain forward* | | | | | {plain:.0f} | |", flush=True)
-        for method in options.methods:
-            slow = method in SLOW
-            if slow and name != "resnet18":
-                continue
-            batch, repeats = (1, 3) if slow else (options.batch, options.repeats)
-            for library in LIBRARIES:
-                row = run("measure", library, method, name, batch, repeats)
-                if not row:
-                    continue
-                if "failed" in row:
-                    print(f"| {name} | {method} | {library} | {row['failed']} | | | | |", flush=True)
-                    continue
-                measured = run("memory", library, method, name, batch, 1)
-                peak = "" if measured is None else f"{measured:.0f}"
-                left = run("left", library, method, name, batch, 1) if method == "grad_cam" else ""
-                error = f"{row['error']:.1e}" if "error" in row else ""
-                ratio = "" if library == "probe" else f"{row['ratio']:.2f}"
-                own = f"{row['ms']:.0f}" if library == "probe" else ""
-                print(f"| {name} | {method} | {library} | {error} | {ratio} | {own} | {peak} | {left} |", flush=True)
+                rows = rows_of(work, library, options)
+            for row in rows:
+                kept.add(text_of(row), **row)
 
 
 if __name__ == "__main__":
-    worker(sys.argv[2:]) if sys.argv[1:2] == ["--worker"] else main()
+    main()

@@ -142,12 +142,13 @@ def results(kept: list[Kept]) -> str:
     parts = ["# What hooks cost: results\n", "Made by `python -m benchmarks.report`; not edited by hand.\n", METHOD]
     if not kept:
         parts.append("No measurements are kept yet.\n")
-    sections = {"overhead": _overhead, "peers": _peers, "limits": _limits, "scaling": _scaling}
+    sections = {"overhead": _overhead, "peers": _peers, "limits": _limits, "scaling": _scaling, "cam": _cam}
     titles = {
         "overhead": "Overhead: hooks, captures and logs, a step",
         "peers": "Beside other libraries, at the same work",
         "limits": "Limits of the machine, and the distance from them",
         "scaling": "As the work grows",
+        "cam": "Class activation maps, beside other libraries",
     }
     drawn = pictures(kept)
     for command, section in sections.items():
@@ -256,6 +257,30 @@ def _scaling(each: Kept) -> str:
             size = f"{row['size']:,}"
             runs.append([size, row["how"], f"{row['bytes_a_step']:+.1f}", f"{row['objects']:+}", f"{row['time']:.2f}"])
     return _table(lines) + "\n" + _table(runs) + "\n"
+
+
+def _cam(each: Kept) -> str:
+    lines = [["model", "batch", "method", "library", "error", "time", "MB at peak", "left behind"]]
+    for row in each["rows"]:
+        name = " ".join(part for part in (row["library"], row.get("version")) if part)
+        start = [row["model"], f"{row['batch']} of {row['size']} px", row["method"], name]
+        if row["library"] == "probe":
+            start[-1] = "**probe**"
+        if "failed" in row:
+            lines.append([*start, row["failed"], "", "", ""])
+            continue
+        error = f"{row['error']:.0e}" if "error" in row else ""
+        ratio = _ratio(row["ratio"]) if "ratio" in row else ""
+        time = f"*{ratio}*" if ratio and row["library"] == "probe" else ratio
+        peak = f"{row['peak'] / 1e6:.0f}" if "peak" in row else ""
+        lines.append([*start, error, time, peak, row.get("left", "")])
+    note = (
+        "Error: the largest difference from autograd on the network cut in two by hand, as a share of the map's "
+        "maximum. Time: a library's / that of `probe` at the same work, above 1 where `probe` is faster; *slanted*: "
+        "that of `probe` / a plain forward without a graph. *forward* is that plain forward. Left behind: on a model "
+        "in train mode, half of it frozen, with gradients."
+    )
+    return f"{_table(lines)}\n{note}\n"
 
 
 # -- writing tables and pictures ---------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def main() -> None:
     ink = held_out[:, 0] > 0
     print(f"{(model(held_out).argmax(1) == truth).float().mean():.1%} of the held-out digits are read right.")
     print(f"{cam.pointing_game(maps, ink).float().mean():.0%} of the maps are hottest on the stroke.")
-    picture = cam.grid(held_out[:6], maps[:6], [f"a {digit}" for digit in truth[:6]])
+    picture = cam.grid(held_out[:3], maps[:3], [f"a {digit}" for digit in truth[:3]])
     save_image(picture / 255, options.logdir / "digits.png")
     print(options.logdir / "digits.png")
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import command, counts, libraries, limits, overhead, peers, report, scaling, timing
+from benchmarks import cam, command, counts, libraries, limits, overhead, peers, report, scaling, timing
 from benchmarks.arms import ARMS, Arm
 from benchmarks.work import Work
 from probe import Probe
@@ -204,6 +204,7 @@ def test_compare_is_the_median_of_alternating_pairs(monkeypatch: pytest.MonkeyPa
         (overhead.main, ["--out", "/no/such/folder/file.json"], "there is no folder /no/such/folder"),
         (peers.main, ["--peers", "tensorflow"], "no 'tensorflow' here; there are probe"),
         (peers.main, ["--models", "lenet"], "no 'lenet' here; there are resnet18, gpt"),
+        (cam.main, ["--models", "lenet"], "no 'lenet' here; there are resnet18, alexnet"),
     ],
 )
 def test_what_cannot_be_had_is_said(main: Callable[[list[str]], None], words: list[str], expected: str) -> None:
@@ -310,6 +311,59 @@ def test_a_dead_peer_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     peers.main(["--peers", "reference hook", "--quick", "--out", str(out)])
     (row,) = json.loads(out.read_text(encoding="utf-8"))["rows"]
     assert row["failed"] == "its process was ended by SIGKILL (too little memory?)"
+
+
+# -- class activation maps ---------------------------------------------------------------------------------------------
+
+SMALL = cam.Work("resnet18", "layer4", 1, 32, ("grad_cam",), ("hires_cam",))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:explaining a model in train mode:UserWarning", "ignore:the grad_cam map:UserWarning"
+)
+def test_maps_are_held_to_the_network_cut_by_hand_and_the_model_to_itself() -> None:
+    timed, only_error = (cam.measure("probe", method, SMALL, 0.0, 2) for method in ("grad_cam", "hires_cam"))
+    assert timed is not None
+    assert only_error is not None
+    assert max(timed["error"], only_error["error"]) < 1e-5
+    assert timed["ratio"]["pairs"] == 2
+    assert "ratio" not in only_error
+    assert cam.left_behind("probe", "grad_cam", SMALL) == "nothing"
+
+
+def test_what_is_left_behind_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(library: str, method: str, work: cam.Work, model: nn.Module, *rest: Any) -> Callable[[], object]:
+        return lambda: model.eval().zero_grad()
+
+    monkeypatch.setattr(cam, "explainer", careless)
+    assert cam.left_behind("careless", "grad_cam", SMALL) == "modes, .grad"
+
+
+def test_the_table_of_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing library and one that fails are rows; the report shows what was kept."""
+    out = tmp_path / "kept.json"
+    monkeypatch.setattr(cam, "version", lambda library: {"probe": "", "grad-cam": "1.5"}.get(library))
+
+    def answer(work: cam.Work, methods: list[str], *, what: str, library: str, **order: Any) -> list[Row]:
+        if library == "grad-cam":
+            return [{"failed": "ValueError: because"} for _ in methods]
+        ratio = {"median": 1.0, "low": 0.9, "high": 1.1, "pairs": 5, "beyond": 0.0}
+        found = {
+            "measure": {"error": 1e-7, "ratio": ratio},
+            "memory": {"peak": 52_000_000},
+            "left": {"left": "nothing"},
+        }
+        return [found[what] for _ in methods]
+
+    monkeypatch.setattr(cam, "ask", answer)
+    threads = str(torch.get_num_threads())
+    cam.main(["--quick", "--models", "resnet18", "--threads", threads, "--out", str(out)])
+    (tmp_path / "README.md").write_text(f"{report.BEGIN}{report.END}")
+    text = report.written(report.load(tmp_path), tmp_path)[tmp_path / "benchmarks" / "RESULTS.md"]
+    assert "| grad_cam | **probe** | 1e-07 | *1.00 (0.90–1.10) ~* | 52 | nothing |" in text
+    assert "| grad_cam | grad-cam 1.5 | ValueError: because |" in text
+    assert "not installed: pip install captum" in text
+    assert "|  | forward |  |  | 52 |  |" in text
 
 
 # -- scaling -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 
@@ -257,6 +258,19 @@ def test_an_example_runs_from_the_shell_in_any_folder(tmp_path: Path) -> None:
     script = [sys.executable, "-W", "error", str(EXAMPLES / "schedules.py"), "--epochs", "3"]
     subprocess.run(script, cwd=tmp_path, env=environment, check=True, capture_output=True)
     assert (tmp_path / "runs" / "schedules" / "classics" / "StepLR").is_dir()
+
+
+@pytest.mark.filterwarnings("ignore:layer=None:UserWarning", "ignore:the grad_cam:UserWarning")
+@pytest.mark.parametrize(("model", "rows", "size"), [("digits", 6, 160), ("alexnet", 2, 224)])
+def test_explain_draws_a_row_an_image_and_a_column_a_method(
+    model: str, rows: int, size: int, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """The digits are 20 times as large, the photographs as they are; the table has a line a method."""
+    out = tmp_path / "maps" / "explain.png"
+    run("explain", monkeypatch, "--model", model, "--quick", "--out", str(out))
+    lines = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["grad_cam", "grad_cam_pp", "layer_cam", "hires_cam", "eigen_cam"]
+    assert cv2.imread(str(out)).shape == (22 + rows * (22 + size + 4), 6 * (size + 4), 3)
 
 
 def test_the_values_in_the_basics_are_those_of_the_functions(tmp_path: Path, monkeypatch, capsys) -> None:
