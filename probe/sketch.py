@@ -154,7 +154,7 @@ class Sketch:
         """Number of -Inf."""
         return int(self._words[layout.NEGINF])
 
-    @property
+    @cached_property
     def finite(self) -> int:
         """Number of elements that are neither NaN nor Inf: those that the moments and the histogram are about."""
         return self.count - self.nan - self.posinf - self.neginf
@@ -272,21 +272,21 @@ class Sketch:
         Raises:
             ValueError: the sketch was made with ``histogram=False``.
         """
-        limits: list[float] = []
-        counts: list[int] = []
+        left, right, counts = self._bins()
+        if not len(counts):
+            return Buckets([], [])
         low, high = self.min, self.max
-        for left, right, count in zip(*(column.tolist() for column in self._bins()), strict=True):
-            if left >= high:
-                left = math.nextafter(high, -math.inf)
-                limits[-1:] = [min(limit, left) for limit in limits[-1:]]
-            if limits and left > limits[-1]:
-                limits.append(left)
-                counts.append(0)
-            limits.append(min(max(right, low), high))
-            counts.append(count)
-        if limits:
-            limits[-1] = high
-        return Buckets(limits, counts)
+        limits = np.clip(right, low, high)
+        if left[-1] >= high:
+            left[-1] = math.nextafter(high, -math.inf)
+            limits[:-1] = np.minimum(limits[:-1], left[-1])
+        limits[-1] = high
+        (gaps,) = np.nonzero(left[1:] > limits[:-1])
+        made = Buckets(limits.tolist(), counts.tolist())
+        for gap in gaps[::-1].tolist():
+            made.limits.insert(gap + 1, float(left[gap + 1]))
+            made.counts.insert(gap + 1, 0)
+        return made
 
     def __add__(self, other: Sketch) -> Sketch:
         """The sketch of both tensors together: counts are exact, moments right to float64's rounding."""
