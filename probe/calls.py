@@ -133,6 +133,9 @@ class Receiver:
         for OUTPUT, and as ``take(call, path, gradient, backward)`` with the number of the backward pass for gradients.
         """
 
+    def bound(self, idle: bool) -> None:
+        """The hooks of a step were put on; `idle`: nobody wanted any."""
+
     def begin(self, pass_: Pass) -> None:
         """A pass begins."""
 

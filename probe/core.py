@@ -16,6 +16,7 @@ from torch import nn
 from probe import select
 from probe.calls import Receiver, StopForward
 from probe.capture import Kind, Layer, ParameterKind, Summary
+from probe.compiled import INSIDE, Eager, GraphSession
 from probe.findings import Findings
 from probe.hooks import Tap
 from probe.observers import Adapter, Joint, Scene, Store, joint
@@ -76,7 +77,8 @@ class Probe:
         exclude: selectors of layers to leave out.
         optimizer: one or several; every ``step()`` of the first then advances `steps` (of those that step in turns name
             the last one first), and `schedule` traces all.
-        scaler: the ``torch.amp.GradScaler`` that steps them; `schedule` then knows exactly which updates it skipped.
+        scaler: the ``torch.amp.GradScaler`` that steps them. Its scale is then taken out of captured gradients (those
+            in float16 come in float32), and `schedule` knows exactly which updates it skipped.
         observers: functions of a `Capture`, objects with ``bind(site)``, and ``health.checks()``; they run inside the
             hooks.
         keep: how many passes to keep for reading (`passes` has those before the last); by default 1, and 0 for a probe
@@ -86,6 +88,10 @@ class Probe:
         copy_views: hand on a copy of an output that is a view, so that a later in-place operation cannot drop its
             gradient hook. Needed for views of a module's input, and of modules that are not torch's own. Changes
             aliasing: what is written to the copy no longer reaches the view's base.
+        compiled: of a model that ``torch.compile`` compiled, alone or as a part of a compiled function: ``"auto"`` runs
+            it eagerly in steps that are observed and at full speed in all others, ``"error"`` refuses it. ``"inside"``
+            observes from inside the graph: entered before the first compiled call, with everything that is to be
+            logged; inputs, outputs and their gradients go to `log` and to observers, and no values are kept.
 
     Raises:
         NoSuchLayer: (a KeyError and ValueError) a selector matches nothing; the message has the nearest names.
@@ -104,6 +110,7 @@ class Probe:
         keep: int | None = None,
         backward: str = "tensor",
         copy_views: bool = False,
+        compiled: str = "auto",
     ) -> None:
         model, optimizers = _subject(model, optimizer)
         if backward not in ("tensor", "module"):
@@ -112,6 +119,7 @@ class Probe:
             raise ValueError(f"keep={keep!r}: give the number of passes to keep, 0 or more")
         if kinds is not None and (not isinstance(kinds, Kind) or not kinds):
             raise TypeError(f"kinds={kinds!r}: combine Kind.INPUT, OUTPUT, GRAD_OUTPUT and GRAD_INPUT with |")
+        _check_compiled(compiled, kinds, keep, backward, copy_views)
         self._every = select.layers(model)
         chosen = [] if isinstance(model, _NoModel) else select.choose(self._every, layers, exclude)
         self._scripted = [layer for layer in chosen if isinstance(layer.module, torch.jit.ScriptModule)]
@@ -121,7 +129,7 @@ class Probe:
         named = [each for each in select.flatten(layers) if isinstance(each, (str, nn.Module))]
         self._asked = {each if isinstance(each, str) else id(each) for each in named}
         self._asked_kinds = kinds
-        self._kinds = Kind.all() if kinds is None else kinds
+        self._kinds = kinds or (INSIDE & ~Kind.INPUT if compiled == "inside" else Kind.all())
         self._asked_keep = keep
         self._optimizers = optimizers
         self._scaler = scaler
@@ -129,9 +137,18 @@ class Probe:
         self._recorder = _recorder(optimizers, scaler)
         observers = _listed(observers)
         adapters = [Adapter(each, self._layers, self._kinds) for each in observers if not isinstance(each, Joint)]
-        self._session = Session(model, backward=backward, copy_views=copy_views)
+        self._compiled = compiled
+        self._eager = Eager(_warn) if compiled == "auto" else None
+        if compiled == "inside":
+            self._session: Session = GraphSession(model, _warn)
+            keep = 0
+        else:
+            self._session = Session(model, backward=backward, copy_views=copy_views)
+        self._session.scaler = scaler
         self._store = Store(self._session, self._layers, self._kinds, (0 if observers else 1) if keep is None else keep)
         self._session.receivers = [self._store, *adapters]
+        if self._eager is not None:
+            self._session.receivers.append(self._eager)
         if self._recorder is not None:
             self._session.receivers.append(_Rates(self._recorder))
         self._why_never = functools.partial(_why_never, self._session, self._every)  # no method: that were a cycle
@@ -149,9 +166,16 @@ class Probe:
             raise RuntimeError("this probe is already attached; leave its with-block first, or create another Probe")
         with contextlib.ExitStack() as stack:
             stack.callback(self._session.close)
-            if select.is_compiled(self._session.model):
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-                warnings.warn("the model is compiled; it runs eagerly while it is probed", ProbeWarning, stacklevel=2)
+            if self._eager is not None:
+                stack.callback(self._eager.release)
+            if self._compiled != "inside" and select.is_compiled(self._session.model):
+                if self._eager is None:
+                    raise RuntimeError(
+                        "the model is compiled, and hooks do not fire in compiled code. Leave compiled='error' out to "
+                        "have the steps that are observed run eagerly; or enter the probe before the first compiled "
+                        "call, with compiled='inside'"
+                    )
+                self._eager.tell("the model")
             self._session.optimizers.clear()
             for optimizer in self._optimizers:
                 stack.callback(_remove, self._session.step_with(optimizer))
@@ -188,8 +212,15 @@ class Probe:
                 stack.close()
 
     def _tell(self) -> None:
-        """Be loud about layers that never fired, where something did."""
+        """Be loud about layers that never fired, where something did, and about gradients in a scaler's units."""
         session = self._session
+        if isinstance(session, GraphSession):
+            session.check()
+        if session.scaled and any(
+            tap.asks(Kind.GRAD_OUTPUT) or tap.asks(Kind.GRAD_INPUT) for tap in session.taps.values()
+        ):
+            text = "gradients were captured with the GradScaler's scale in them; Probe(..., scaler=scaler) takes it out"
+            warnings.warn(text, ProbeWarning, stacklevel=3)
         taps = [session.taps[layer] for layer in self._layers]
         silent = [tap.layer for tap in taps if tap.tried and not tap.fired]
         silent = [layer for layer in silent if not _only_holds(layer) or self._asked & {*layer.names, id(layer.module)}]
@@ -279,6 +310,10 @@ class Probe:
                 reason for call in calls[layer] for reason in missing(call, self._kinds, blind is not None)
             )
             rows.extend(Row(layer.name, reason) for reason in reasons)
+        if self._session.scaled:
+            rows.append(
+                Row("", "gradients have the GradScaler's scale in them; Probe(..., scaler=scaler) takes it out")
+            )
         if not self._store.keep and self._session.passes:
             rows.append(Row("", "no values are kept, because the probe has observers or logs (keep= says otherwise)"))
         return Table(rows, ("layer", "not captured, because"), "everything that was asked for was captured")
@@ -309,6 +344,7 @@ class Probe:
             raise TypeError(f"edit takes a function of the value, not {function!r}")
         if not isinstance(on, Kind) or not on:
             raise TypeError(f"on={on!r}: give Kind.INPUT, OUTPUT, GRAD_OUTPUT or GRAD_INPUT")
+        self._outside("edit")
         chosen = _hookable(select.match(self._every, selector))
         added: list[tuple[Tap, Kind, Any]] = []
         for layer in chosen:
@@ -331,6 +367,7 @@ class Probe:
 
         The rest of the block is skipped; what was captured until then can be read after it.
         """
+        self._outside("stop_after")
         taps = [self._tap(layer) for layer in _hookable(select.match(self._every, selector))]
         for tap in taps:
             tap.stop += 1
@@ -342,6 +379,10 @@ class Probe:
             self._rebind()
 
         return Edit(undo)
+
+    def _outside(self, what: str) -> None:
+        if self._compiled == "inside":
+            raise RuntimeError(f"{what} cannot change what flows inside a compiled graph; take compiled='auto'")
 
     def _tap(self, layer: Layer) -> Tap:
         return self._session.taps.setdefault(layer, Tap(layer, self._session))
@@ -374,9 +415,9 @@ class Probe:
         pictures the last one stays. With an optimizer, parameters, their gradients and their updates are captured
         around its step, learning rates are written as ``lr/<group>`` (momentum and weight decay once they change), and
         the norm of all gradients before and after clipping; of several optimizers each by its name, ``lr/SGD.group0``.
-        Gradients of activations are logged as they flow, those of parameters as the update uses them: a `GradScaler`'s
-        scale is in the former. Passes in eval mode, or under `tag`, go to a sub-run of that name. A probe that logs
-        keeps nothing for reading unless ``keep=`` says so.
+        With a scaler, its scale and how many updates it has skipped so far (``grad_scaler/scale``, ``.../skipped``).
+        Passes in eval mode, or under `tag`, go to a sub-run of that name. A probe that logs keeps nothing for reading
+        unless ``keep=`` says so.
 
         Where ``torch.distributed`` runs with several ranks, a logged step is merged over all of them by one
         ``all_reduce``, and the first rank writes it: statistics of activations and of their gradients are those of the
@@ -414,11 +455,15 @@ class Probe:
         else:
             chosen = owners = select.choose(self._every, [layers])
         plain = tuple(each for each in summaries if not isinstance(each, Joint))
+        asked = self._kinds if self._compiled == "inside" else self._asked_kinds
+        wanted = _wanted(plain, kinds, asked, bool(self._optimizers))
+        if self._compiled == "inside" and Kind.GRAD_INPUT in wanted:
+            raise ValueError("Kind.GRAD_INPUT can't be had inside a compiled graph; leave compiled='inside' out")
         added: list[Receiver] = []
         if plain:
             log = Log(
                 writer,
-                _wanted(plain, kinds, self._asked_kinds, bool(self._optimizers)),
+                wanted,
                 every=every,
                 layers=chosen,
                 parameters=Parameters(self._every, owners, self._optimizers),
@@ -438,7 +483,12 @@ class Probe:
         if hasattr(writer, "before_close"):
             for each in added:
                 writer.before_close(functools.partial(_last_call, weakref.ref(self._session), weakref.ref(each)))
-        self._rebind()
+        try:
+            self._rebind()
+        except BaseException:
+            for each in added:
+                self._session.receivers.remove(each)
+            raise
         receivers, rebind = self._session.receivers, self._rebind
 
         def undo() -> None:
@@ -572,6 +622,10 @@ _OPTIMIZER_WRAPPERS = {  # where the class is, and its name
 }
 
 
+def _warn(text: str) -> None:
+    warnings.warn(text, ProbeWarning, stacklevel=4)
+
+
 class _NoModel(nn.Module):
     """Stands for the model of a probe on an optimizer alone."""
 
@@ -603,6 +657,11 @@ def _subject(model: Any, optimizer: Any) -> tuple[nn.Module, list[torch.optim.Op
         model, optimizer = _NoModel(), [model, *_listed(optimizer)]
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("the model is a ScriptModule: torch puts no hooks on it; probe it before torch.jit.script")
+    if isinstance(model, torch.export.ExportedProgram):
+        raise TypeError(
+            "the model is an ExportedProgram: its layers are inlined; probe the model before torch.export.export, or "
+            "what torch.export.unflatten(program) gives"
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(f"Probe takes an nn.Module or an optimizer, not {type(model).__name__}")
     optimizers = [_unwrapped(each) for each in _listed(optimizer)]
@@ -633,7 +692,8 @@ def _hookable(layers: list[Layer]) -> list[Layer]:
 def _only_holds(layer: Layer) -> bool:
     """Whether the layer is a container that nobody can call (ModuleList, ModuleDict)."""
     kind = type(layer.module)
-    return kind.forward is nn.Module.forward and kind.__call__ is nn.Module.__call__
+    called = kind.forward is not nn.Module.forward or kind.__call__ is not nn.Module.__call__
+    return not called and not layer.module._parameters
 
 
 def _why_never(session: Session, every: list[Layer], layer: Layer) -> str:
@@ -651,6 +711,11 @@ def _why_never(session: Session, every: list[Layer], layer: Layer) -> str:
         return "it was called, but not in the passes that are kept (keep= says how many)"
     if type(module).__call__ is not nn.Module.__call__:
         return f"never called through hooks: {type(module).__name__} overrides __call__"
+    if type(module) is nn.Module and isinstance(session.model, torch.fx.GraphModule):
+        return (
+            "never called: the program was exported, and its layers are inlined; probe the model before "
+            "torch.export.export, or what torch.export.unflatten(program) gives"
+        )
     if _only_holds(layer):
         return f"never called: {type(module).__name__} only holds other modules"
     for parent in every:
@@ -665,6 +730,20 @@ def _why_never(session: Session, every: list[Layer], layer: Layer) -> str:
         "never called: the model skips it, calls its .forward directly, uses its weights in a function, "
         "or took a fused path around it"
     )
+
+
+def _check_compiled(compiled: str, kinds: Kind | None, keep: int | None, backward: str, copy_views: bool) -> None:
+    if compiled not in ("auto", "inside", "error"):
+        raise ValueError(f"compiled={compiled!r}: use 'auto' (the default), 'inside' or 'error'")
+    if compiled == "inside":
+        for given, what in (
+            (keep, f"keep={keep}: values are not kept"),
+            (backward == "module", "backward='module': that hook does not fire"),
+            (copy_views, "copy_views: outputs that need a gradient are handed on as copies anyway"),
+            ((kinds or INSIDE) & ~INSIDE, "Kind.GRAD_INPUT can't be had"),
+        ):
+            if given:
+                raise ValueError(f"{what} inside a compiled graph; leave compiled='inside' out, or this")
 
 
 def _check_log(writer: Any, summaries: tuple[Any, ...], every: Any, on_error: str, *, silent: bool) -> None:

@@ -36,6 +36,7 @@ class Passes(Protocol):
     closed: bool
     copy_views: bool
     local: Local
+    scaler: Any
     stopping: str | None
     versions: bool
 
@@ -45,6 +46,7 @@ class Passes(Protocol):
     def handles(self) -> list[Any]: ...
     def hook_leaf(self, tensor: torch.Tensor, hook: Any) -> None: ...
     def is_scope(self, module: nn.Module) -> bool: ...
+    def unscaled(self, gradient: torch.Tensor) -> torch.Tensor: ...
 
 
 class Hook(functools.partial):  # type: ignore[type-arg]  # a partial: C speed, where __call__ in Python costs a frame
@@ -255,8 +257,8 @@ class Tap:
 
     def _gradient_hooks(self, wants_output: bool) -> Callable[[list[Any], Call, Any, Edges | None], None]:
         """The function that puts hooks on the graph of one call: on its outputs, and on what consumes its inputs."""
-        at_output = self._on_gradient(Kind.GRAD_OUTPUT) if wants_output else None
-        at_input = self._on_gradient(Kind.GRAD_INPUT)
+        at_output = self.on_gradient(Kind.GRAD_OUTPUT) if wants_output else None
+        at_input = self.on_gradient(Kind.GRAD_INPUT)
         tensor_type, hook_leaf = torch.Tensor, self.session.hook_leaf
         edited, replaced = bool(self.edits.get(Kind.GRAD_OUTPUT)), bool(self.edits.get(Kind.OUTPUT))
 
@@ -321,7 +323,7 @@ class Tap:
 
     def _separate(self, call: Call, handles: list[Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Copies of the input tensors that only this module consumes, so that an edit of its share touches no other."""
-        on_gradient = self._on_gradient(Kind.GRAD_INPUT)
+        on_gradient = self.on_gradient(Kind.GRAD_INPUT)
         if not any(tensor.requires_grad for _, tensor in input_leaves(args, kwargs)):
             return args, kwargs
 
@@ -332,12 +334,12 @@ class Tap:
             handles.append(copy.register_hook(Hook(on_gradient, call, path)))
             return copy
 
-        args, kwargs = _put(args, kwargs, rebuild(inputs(args, kwargs), copied, opaque=_same))
+        args, kwargs = _put(args, kwargs, rebuild(inputs(args, kwargs), copied, opaque=same))
         if args and kwargs:
-            kwargs = rebuild(kwargs, lambda path, tensor: copied(f"kwargs{path}", tensor), opaque=_same)
+            kwargs = rebuild(kwargs, lambda path, tensor: copied(f"kwargs{path}", tensor), opaque=same)
         return args, kwargs
 
-    def _on_gradient(self, kind: Kind) -> Deliver:
+    def on_gradient(self, kind: Kind) -> Deliver:
         """The function that every gradient of one kind goes through: edits, then takers."""
         takers, edits, session = self.takers.get(kind, ()), self.edits.get(kind, ()), self.session
 
@@ -349,8 +351,9 @@ class Tap:
                 edited = edit(edited)
             backward = graph_task()
             call.info.backwards.add(backward)
+            value = edited if session.scaler is None else session.unscaled(edited)
             for take in takers:
-                take(call, path, edited, backward)
+                take(call, path, value, backward)
             return None if edited is gradient else edited
 
         return on_gradient
@@ -419,7 +422,7 @@ class Tap:
         return call() or Call(self.layer, index, info)
 
     def _module_backward(self) -> Callable[..., Any]:
-        into, out = self._on_gradient(Kind.GRAD_INPUT), self._on_gradient(Kind.GRAD_OUTPUT)
+        into, out = self.on_gradient(Kind.GRAD_INPUT), self.on_gradient(Kind.GRAD_OUTPUT)
         refused = bool(self.edits.get(Kind.GRAD_OUTPUT))
         session = self.session
 
@@ -537,7 +540,7 @@ def _run_first(handle: Any) -> None:
     hooks.update(others)
 
 
-def _same(value: Any) -> Any:
+def same(value: Any) -> Any:
     return value
 
 
@@ -546,7 +549,7 @@ def _without_views(value: Any) -> Any:
     views = {id(tensor) for _, tensor in leaves(value) if tensor.requires_grad and tensor._is_view()}
     if not views:
         return value
-    return rebuild(value, lambda _, tensor: _copied(tensor) if id(tensor) in views else tensor, opaque=_same)
+    return rebuild(value, lambda _, tensor: _copied(tensor) if id(tensor) in views else tensor, opaque=same)
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
@@ -603,9 +606,14 @@ def raised(module: nn.Module, output: Any) -> BaseException | None:
     return error if left else None
 
 
-def on_enter(module: nn.Module, function: Callable[..., Any]) -> Any:
-    """Have ``function(module, args)`` called before the module's forward; the handle."""
-    return module.register_forward_pre_hook(Hook(function))
+def on_enter(module: nn.Module, function: Callable[..., Any], *, with_kwargs: bool = False) -> Any:
+    """Have ``function(module, args)`` (or ``args, kwargs``) called before the module's forward; the handle."""
+    return module.register_forward_pre_hook(Hook(function), with_kwargs=with_kwargs)
+
+
+def on_output(module: nn.Module, function: Callable[..., Any]) -> Any:
+    """Have ``function(module, args, output)`` called after the module's forward; the handle."""
+    return module.register_forward_hook(Hook(function))
 
 
 def on_leave(module: nn.Module, function: Callable[..., Any]) -> Any:

@@ -298,13 +298,14 @@ class Log(Receiver):
         if not self.active(step):
             return
         with quiet():
-            self._norms(optimizer, step)
+            gradients = self._gradients(optimizer)
+            self._norms(optimizer, step, [*gradients.values()])
             captures: list[tuple[Capture, Part]] = []
             for key, (_, parameter, _, _) in self._of(optimizer):
                 if self._wanted.get(ParameterKind.VALUE):
                     captures.append(self._capture(key, ParameterKind.VALUE, parameter, step))
-                if self._wanted.get(ParameterKind.GRAD) and parameter.grad is not None:
-                    captures.append(self._capture(key, ParameterKind.GRAD, parameter.grad, step))
+                if key in gradients:
+                    captures.append(self._capture(key, ParameterKind.GRAD, gradients[key], step))
                 if self._wanted.get(ParameterKind.UPDATE):
                     # a clone, not copy-on-write: the parameter's own memory must stay where it is
                     self._before[key] = ranks.part(parameter.detach())[0].clone()
@@ -320,6 +321,9 @@ class Log(Receiver):
                 for tag, number in {} if self._recorder is None else self._recorder.scalars(optimizer).items():
                     what, _, group = tag.partition("/")
                     self._add(step, what, Scalar(group, number))
+                scale = getattr(self._scaler, "_scale", None)  # that of this update: `scaler.update()` comes later
+                if scale is not None:
+                    self._add(step, "grad_scaler", Scalar("scale", scale.clone()))
             captures: list[tuple[Capture, Part]] = []
             for key, (_, parameter, _, _) in self._of(optimizer):
                 before = self._before.pop(key, None)
@@ -342,10 +346,17 @@ class Log(Receiver):
                     norm = Norm(norm.squares / scale.to(norm.squares).square())
                 self._norm_before[id(optimizer)] = norm, part
 
-    def _norms(self, optimizer: Any, step: int) -> None:
-        gradients = [p.grad for _, (_, p, _, _) in self._of(optimizer) if p.grad is not None]
+    def _gradients(self, optimizer: Any) -> dict[int, torch.Tensor]:
+        """The gradients of parameters as the update uses them, where summaries want them."""
+        if not self._wanted.get(ParameterKind.GRAD):
+            return {}
+        scale = getattr(optimizer, "grad_scale", None)  # GradScaler leaves it to a fused optimizer to take it out
+        found = {key: p.grad.detach() for key, (_, p, _, _) in self._of(optimizer) if p.grad is not None}
+        return found if scale is None else {key: grad / scale.to(grad.device) for key, grad in found.items()}
+
+    def _norms(self, optimizer: Any, step: int, gradients: list[torch.Tensor]) -> None:
         before = self._norm_before.pop(id(optimizer), None)
-        if self._recorder is not None and self._wanted.get(ParameterKind.GRAD) and gradients:
+        if self._recorder is not None and gradients:
             prefix = self._recorder.prefix(optimizer)
             norm, part = ranks.norm_of(gradients, merged=self._merges())
             self._add(step, "grad_norm", Scalar(f"{prefix}after_clipping", norm), part)

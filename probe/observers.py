@@ -17,7 +17,17 @@ from probe.capture import Capture, Kind, Layer
 from probe.graph import version
 from probe.select import modules
 from probe.session import Session
-from probe.tree import data_address, input_leaves, leaves, local, rebuild, snapshot, storage_of
+from probe.tree import (
+    data_address,
+    input_leaves,
+    leaves,
+    local,
+    rebuild,
+    snapshot,
+    storage_of,
+    untransformed,
+    unwrapped,
+)
 
 Taker = Callable[..., None]
 
@@ -137,6 +147,7 @@ class Adapter(Receiver):
                 functions[key] = self.observer.bind(site)
             function = functions[key]
             if function is not None:
+                tensor = unwrapped(tensor)
                 function(tensor.detach() if tensor.requires_grad else tensor)
 
         return emit
@@ -171,11 +182,13 @@ def tensor_taker(kind: Kind, deliver: Callable[[Call, list[tuple[str, torch.Tens
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No graph and no autocast: under autocast even ``x.float() @ y`` would be bfloat16."""
+    """No graph, no autocast (where even ``x.float() @ y`` would be bfloat16), no transform of ``torch.func``."""
     with torch.no_grad(), contextlib.ExitStack() as stack:
-        for device in ("cpu", "cuda"):
+        for device in ("cpu", "cuda", "mps", "xpu"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            stack.enter_context(untransformed())
         yield
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from probe.calls import Pass, PassInfo, Receiver
 from probe.capture import Kind, Layer
@@ -34,6 +35,8 @@ class Session:
         self.stopping: str | None = None  # the layer after which the running forward was to end
         self.receivers: list[Receiver] = []
         self.optimizers: list[Any] = []
+        self.scaler: Any = None  # the GradScaler whose scale is to be taken out of captured gradients
+        self.scaled = False  # whether a GradScaler that was not given was seen to step an optimizer
         self._entered = 0  # at which step
         self._late: dict[int, bool] = {}  # whether an optimizer steps after the first one has ended the step
         self._bound: list[bool] = []
@@ -49,9 +52,8 @@ class Session:
         self._prune_at = 2
         self._lock = threading.Lock()
 
-    def bind(self) -> None:
-        """Ask every receiver what it wants in this step, and put the hooks on; if one can't be, none is left behind."""
-        self.detach()
+    def ask(self) -> None:
+        """Ask every receiver what it wants in this step."""
         self._bound = [receiver.active(self.step) for receiver in self.receivers]
         active = [receiver for receiver, wants in zip(self.receivers, self._bound, strict=True) if wants]
         for tap in self.taps.values():
@@ -59,6 +61,11 @@ class Session:
                 kind: tuple(take for each in active if (take := each.taker(tap.layer, kind)) is not None)
                 for kind in Kind
             }
+
+    def bind(self) -> None:
+        """Ask every receiver what it wants in this step, and put the hooks on; if one can't be, none is left behind."""
+        self.detach()
+        self.ask()
         taps = [tap for tap in self.taps.values() if tap.stop or any(map(tap.asks, Kind))]
         own = [t for m in modules(self.model) for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
         self._fixed = frozenset(s._cdata for tensor in own if (s := storage_of(local(tensor))) is not None)
@@ -76,6 +83,8 @@ class Session:
             self.detach()
             raise
         self.closed = False
+        for receiver in self.receivers:
+            receiver.bound(self.idle)
 
     @property
     def idle(self) -> bool:
@@ -121,9 +130,11 @@ class Session:
         if not self.optimizers:
             self._late, self._entered = {}, self.step
         self.optimizers.append(optimizer)
-        return on_step(optimizer, self._before_step, self._after_step)
+        # in a compiled training step they stay out of the graph; torch's optimizers have imported the compiler already
+        return on_step(optimizer, *map(torch.compiler.disable, (self._before_step, self._after_step)))
 
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.scaled = self.scaled or (self.scaler is None and _in_scaler())
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._tell_before(optimizer)
@@ -184,7 +195,7 @@ class Session:
             return None
         mode = self.tag or ("train" if self.model.training else "eval")
         pass_ = Pass(module, PassInfo(self.step, mode, self._fixed), self.handles())
-        pass_.open = not (torch._C._is_tracing() or torch.compiler.is_exporting())
+        pass_.open = not (torch._C._is_tracing() or torch.compiler.is_exporting() or is_fx_symbolic_tracing())
         with self._lock:
             self.passes += 1
             self._active.add(pass_)
@@ -199,7 +210,7 @@ class Session:
         return pass_
 
     def end(self, pass_: Pass, *, whole: bool) -> None:
-        self.whole_passes += whole
+        self.whole_passes += whole and pass_.open
         self.local.current = self.local.log = None
         pass_.stack.clear()
         with self._lock:
@@ -218,6 +229,18 @@ class Session:
                 self._prune_at = 2 * len(self._tensor_handles) + 2
             self._tensor_handles.append(fresh)
         return fresh
+
+    def unscaled(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient without the scale that the given `GradScaler` put on the loss; the same where none was given.
+
+        float16 becomes float32: without the scale its small values would be lost.
+        """
+        scale = getattr(self.scaler, "_scale", None)  # `get_scale()` would wait for the device
+        if scale is None:
+            return gradient
+        wide = gradient.detach()
+        wide = wide.float() if wide.dtype is torch.float16 else wide
+        return wide / scale.to(wide.device)  # type: ignore[no-any-return]
 
     def hook_leaf(self, tensor: torch.Tensor, hook: Any) -> None:
         had_none = tensor._backward_hooks is None
@@ -273,6 +296,20 @@ class Session:
             'Leave backward="module" out: Probe(model) reads the same gradients from tensor hooks, in-place or not. '
             f"(torch: {text})",
         )
+
+
+def _in_scaler() -> bool:
+    """Whether an optimizer's step is being called by a `GradScaler`."""
+    frame: Any = sys._getframe(2)
+    for _ in range(16):
+        if frame is None:
+            break
+        if frame.f_code.co_name in ("step", "_maybe_opt_step"):
+            scaler = frame.f_locals.get("self")
+            if isinstance(scaler, torch.amp.GradScaler):
+                return bool(scaler.is_enabled())
+        frame = frame.f_back
+    return False
 
 
 def _running(module: nn.Module) -> int:

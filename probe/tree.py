@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import dataclasses
 import enum
 import sys
 import types
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -48,10 +49,16 @@ def rebuild(value: Any, visit: Visit, *, opaque: Callable[[Any], Any] | None = N
     return _rebuild(value, visit, opaque or _unseen, "", ())
 
 
+class Leaves(list[tuple[str, torch.Tensor]]):
+    """The `leaves` of a value that is not there itself."""
+
+
 def leaves(value: Any) -> list[tuple[str, torch.Tensor]]:
     """``(path, tensor)`` of every tensor in a nested value, in order."""
     if type(value) is torch.Tensor:
         return [("", value)]
+    if type(value) is Leaves:
+        return value
     found: list[tuple[str, torch.Tensor]] = []
     rebuild(value, lambda path, tensor: found.append((path, tensor)))
     return found
@@ -94,14 +101,14 @@ def fill(shape_: Any, tensors: Mapping[str, torch.Tensor], prefix: str = "") -> 
     return rebuild(shape_, lambda _, slot: tensors.get(prefix + slot.path))
 
 
-def _rebuild(value: Any, visit: Visit, opaque: Callable[[Any], Any], path: str, above: tuple[int, ...]) -> Any:
+def _rebuild(value: Any, visit: Visit, opaque: Callable[[Any], Any], path: str, above: tuple[Any, ...]) -> Any:
     if isinstance(value, (torch.Tensor, Slot)):
         return visit(path, value)
     if value is None or isinstance(value, _ATOMS):
         return value
-    if id(value) in above or len(above) > 64:
+    if any(value is each for each in above) or len(above) > 64:
         return opaque(value)
-    above = (*above, id(value))
+    above = (*above, value)
     if isinstance(value, tuple):
         return _tuple(value, visit, opaque, path, above)
     if isinstance(value, list):
@@ -117,7 +124,7 @@ def _rebuild(value: Any, visit: Visit, opaque: Callable[[Any], Any], path: str, 
     return opaque(value)
 
 
-def _dataclass(value: Any, visit: Visit, opaque: Callable[[Any], Any], path: str, above: tuple[int, ...]) -> Any:
+def _dataclass(value: Any, visit: Visit, opaque: Callable[[Any], Any], path: str, above: tuple[Any, ...]) -> Any:
     names = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
     items = {name: _rebuild(getattr(value, name), visit, opaque, f"{path}.{name}", above) for name in names}
 
@@ -125,18 +132,18 @@ def _dataclass(value: Any, visit: Visit, opaque: Callable[[Any], Any], path: str
         for name, item in items.items():
             object.__setattr__(new, name, item)  # a frozen dataclass refuses setattr
 
-    return _of_its_class(value, items, put, types.SimpleNamespace(**items), opaque)
+    return _of_its_class(value, items, put, lambda: types.SimpleNamespace(**items), opaque)
 
 
-def _list(value: list[Any], visit: Visit, opaque: Callable[[Any], Any], path: str, above: tuple[int, ...]) -> Any:
+def _list(value: list[Any], visit: Visit, opaque: Callable[[Any], Any], path: str, above: tuple[Any, ...]) -> Any:
     items = [_rebuild(item, visit, opaque, f"{path}[{i}]", above) for i, item in enumerate(value)]
     if type(value) is list:
         return items
-    return _of_its_class(value, {}, lambda new: new.__setitem__(slice(None), items), items, opaque)
+    return _of_its_class(value, {}, lambda new: new.__setitem__(slice(None), items), lambda: items, opaque)
 
 
 def _tuple(
-    value: tuple[Any, ...], visit: Visit, opaque: Callable[[Any], Any], path: str, above: tuple[int, ...]
+    value: tuple[Any, ...], visit: Visit, opaque: Callable[[Any], Any], path: str, above: tuple[Any, ...]
 ) -> Any:
     fields: tuple[str, ...] = getattr(value, "_fields", ())
     names = [f".{name}" for name in fields] or [f"[{i}]" for i in range(len(value))]
@@ -148,7 +155,7 @@ def _tuple(
 
 
 def _mapping(
-    value: Mapping[Any, Any], visit: Visit, opaque: Callable[[Any], Any], path: str, above: tuple[int, ...]
+    value: Mapping[Any, Any], visit: Visit, opaque: Callable[[Any], Any], path: str, above: tuple[Any, ...]
 ) -> Any:
     items = {
         key: _rebuild(item, visit, opaque, f"{path}.{key}" if isinstance(key, str) else f"{path}[{key!r}]", above)
@@ -163,11 +170,15 @@ def _mapping(
         for key, item in items.items():
             new[key] = item
 
-    return _of_its_class(value, items, put, items, opaque)
+    return _of_its_class(value, items, put, lambda: items, opaque)
 
 
 def _of_its_class(
-    value: Any, items: Mapping[Any, Any], put: Callable[[Any], None], plain: Any, opaque: Callable[[Any], Any]
+    value: Any,
+    items: Mapping[Any, Any],
+    put: Callable[[Any], None],
+    plain: Callable[[], Any],
+    opaque: Callable[[Any], Any],
 ) -> Any:
     """A copy of a container of a foreign class with other content, or a `plain` one where it cannot be copied.
 
@@ -186,7 +197,7 @@ def _of_its_class(
             elif key != "data" or not isinstance(value, collections.UserDict):
                 attributes[key] = _rebuild(old, lambda _, tensor: opaque(tensor), opaque, "", ())
     except Exception:  # whatever a foreign class raises on being copied
-        return plain if opaque is _unseen else opaque(value)
+        return plain() if opaque is _unseen else opaque(value)
     return new
 
 
@@ -219,10 +230,8 @@ def snapshot(tensor: torch.Tensor, fixed: Container[int] = ()) -> torch.Tensor |
             value = torch._remove_batch_dim(value, level, 1, 0)
         return value.detach().clone()
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        value = tensor.detach().clone()  # first: what is unwrapped first can be a wrapper dead after the transform
-        while torch._C._functorch.is_functorch_wrapped_tensor(value):
-            value = torch._C._functorch.get_unwrapped(value)
-        return value.detach()
+        with untransformed():  # which would wrap again what is made of it, in a wrapper that is dead afterwards
+            return unwrapped(tensor).detach().clone()
     return None if is_fake(tensor) else tensor.detach().clone()
 
 
@@ -233,6 +242,22 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():  # with a graph it would be a node of it
         shard: torch.Tensor = tensor.to_local()  # type: ignore[attr-defined]
     return shard
+
+
+def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
+    """What the transforms of ``torch.func`` have wrapped, at full batch; any other tensor as it is."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+@contextlib.contextmanager
+def untransformed() -> Iterator[None]:
+    """Inside, operations are plain ones, whatever transforms of ``torch.func`` are running."""
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    with temporarily_clear_interpreter_stack():
+        yield
 
 
 def is_fake(tensor: torch.Tensor) -> bool:

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import prune
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from probe import Kind, NoSuchLayer, Probe, ProbeWarning
+from probe import Kind, NoSuchLayer, Probe
 from tests import zoo
 
 BACKWARDS = pytest.mark.parametrize("backward", ["tensor", "module"])
@@ -287,22 +287,6 @@ def test_modules_that_live_in_their_own_hooks(how: str) -> None:
     assert torch.equal(model(x), out)
     zoo.loss(model(x)).backward()
     assert equal([parameter.grad for parameter in model.parameters()], got)
-
-
-def test_compiled_models_run_eagerly(x: torch.Tensor) -> None:
-    """Hooks that come after the first compiled call never fire: so in the block it runs eagerly, with a warning."""
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True))
-    compiled = torch.compile(model, backend="eager")
-    wanted = compiled(x)
-    with pytest.warns(ProbeWarning, match="the model is compiled; it runs eagerly"):
-        p = Probe(compiled).__enter__()
-    out = compiled(x)
-    out.sum().backward()
-    p.__exit__(None, None, None)
-    assert torch.equal(out, wanted)
-    assert list(p) == ["0", "1"]
-    assert p["0"].grad_output is not None
-    assert (p["0"].output < 0).any()
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")

@@ -17,6 +17,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -29,9 +30,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from probe import Kind, Probe, ProbeWarning
+from probe import Board, Capture, Kind, Probe, ProbeWarning, histogram, stats
 from probe.tree import leaves
-from tests import zoo
+from tests import reading, zoo
 
 GRADS = Kind.GRAD_INPUT | Kind.GRAD_OUTPUT
 
@@ -1640,7 +1641,222 @@ def test_unused_and_integer_outputs_are_none() -> None:
     assert torch.equal(p[""].grad_input, torch.full((3,), 3.0))
 
 
+# -- 10 mixed precision ------------------------------------------------------------------------------------------------
+
+
+def scaled_training(model: nn.Module, optimizer: Any, scaler: Any, batches: list[torch.Tensor]) -> None:
+    for x in batches:
+        optimizer.zero_grad()
+        scaler.scale(model(x).square().sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+
+def test_autocast(tmp_path: Path) -> None:
+    """F10.1 captures keep bfloat16; statistics, and what observers compute, are in float32 or better."""
+    model, x = nn.Sequential(nn.Linear(4, 64), nn.Linear(64, 2)), torch.randn(16, 4) * 1000
+    products: list[torch.dtype] = []
+    with Board(str(tmp_path)) as board, Probe(model, keep=1, observers=lambda c: products.append(multiplied(c))) as p:
+        p.log(board, stats)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x).sum().backward()
+    for field in ("output", "grad_output", "grad_input"):
+        assert getattr(p["1"], field).dtype is torch.bfloat16
+    assert model[0].weight.grad.dtype is torch.float32
+    assert set(products) == {torch.float32}
+    exact = p["0"].output.double()
+    (mean,), (norm,) = (reading.scalars(tmp_path, f"0/output/{name}") for name in ("mean", "norm"))
+    assert mean[1] == pytest.approx(float(exact.mean()), rel=1e-6)
+    assert norm[1] == pytest.approx(float(exact.norm()), rel=1e-6)
+
+
+def multiplied(c: Capture) -> torch.dtype:
+    return (c.value.float() @ c.value.float().T).dtype
+
+
+def test_gradients_under_a_scaler_are_told_as_scaled() -> None:
+    """F10.2 without ``scaler=`` gradients come as they flow, times the scale: the report and a warning say so."""
+    model, x = nn.Linear(4, 2), torch.randn(3, 4)
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    p = Probe(model, "", optimizer=optimizer)
+    p.__enter__()
+    scaled_training(model, optimizer, scaler, [x])
+    with pytest.warns(ProbeWarning, match=r"GradScaler's scale in them; Probe\(..., scaler=scaler\) takes it out"):
+        p.__exit__(None, None, None)
+    assert torch.equal(p[""].grad_output, 1024 * 2 * p[""].output)
+    assert "scaler=scaler" in reasons(p, "")
+
+    with Probe(model, "", optimizer=optimizer) as p:
+        scaled_training(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), [x])
+    assert torch.equal(p[""].grad_output, 2 * p[""].output)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_without_the_scalers_scale(dtype: torch.dtype) -> None:
+    """F10.2 with ``scaler=`` the scale is taken out; float16, which would lose small values, becomes float32."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(3, 4)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    flowed: list[torch.Tensor] = []
+    with Probe(model, scaler=scaler, observers=lambda c: None, keep=1) as p:
+        p.edit("1", lambda gradient: flowed.append(gradient) or gradient, on=Kind.GRAD_OUTPUT)
+        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+            loss = model(x).float().sum() * 1e-8
+        scaler.scale(loss).backward()
+    got = p["1"].grad_output
+    assert flowed[0].dtype is dtype
+    assert got.dtype is (torch.float32 if dtype is torch.float16 else dtype)
+    torch.testing.assert_close(got.float(), torch.full((3, 2), 1e-8), rtol=1e-2, atol=0)
+    assert p["1"].grad_input.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_skipped_steps_are_marked(fused: bool, tmp_path: Path) -> None:
+    """F10.2 the log tells how many updates were skipped, and has the gradients without scale."""
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    x = torch.randn(3, 4)
+    twin = copy.deepcopy(model)
+    twin(x).square().sum().backward()
+    norm = float(twin.weight.grad.norm())
+    with Board(str(tmp_path)) as board, Probe(model, "", optimizer=optimizer, scaler=scaler) as p:
+        p.log(board, stats)
+        scaled_training(model, optimizer, scaler, [x, x.clone().fill_(torch.inf), x, x])
+    assert p.schedule.skipped == [1]
+    skipped, scales = (reading.scalars(tmp_path, f"grad_scaler/{name}") for name in ("skipped", "scale"))
+    gradients = reading.scalars(tmp_path, "weight/grad/norm")
+    nan, inf = (reading.scalars(tmp_path, f"Linear/output/{name}") for name in ("nan", "inf"))
+    bad = [a + b for (_, a), (_, b) in zip(nan, inf, strict=True)]
+    if fused:  # the optimizer is called, and skips in its kernel: a step of its own
+        assert skipped == [(0, 0), (1, 1), (2, 1), (3, 1)]
+        assert [scale for _, scale in scales] == [1024, 1024, 512, 512]
+        assert bad == [0, 6, 0, 0]
+        del gradients[1]
+    else:  # it is not called: the step goes on until an update is made
+        assert skipped == [(0, 0), (1, 1), (2, 1)]
+        assert [scale for _, scale in scales] == [1024, 512, 512]
+        assert bad == [0, 6, 0]
+    assert [value for _, value in gradients] == pytest.approx([norm] * 3, rel=1e-5)
+
+
 # -- 12 wrappers: F12.2 and F12.3 take two processes, and are in tests/ranks.py ----------------------------------------
+
+
+# -- 13 transforms, exporters, odd tensors -----------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # jvp scripts its own decompositions
+@pytest.mark.parametrize("transform", ["vmap", "grad", "vmap(grad)", "jvp", "functional_call"])
+def test_transforms_leave_no_wrappers(transform: str, tmp_path: Path) -> None:
+    """F13.1 F13.2 hooks get wrappers that die with the transform: what is captured is the full batch, plain."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    x = torch.randn(3, 4)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return model(x).square().sum()
+
+    run: Callable[[], Any] = {
+        "vmap": lambda: torch.vmap(model)(x),
+        "grad": lambda: torch.func.grad(loss)(x),
+        "vmap(grad)": lambda: torch.vmap(torch.func.grad(loss))(x),
+        "jvp": lambda: torch.func.jvp(model, (x,), (torch.ones_like(x),)),
+        "functional_call": lambda: torch.func.functional_call(model, dict(model.named_parameters()), (x,)),
+    }[transform]
+    wanted, out = run(), model(x).detach()
+    seen: dict[str, torch.Tensor] = {}
+
+    class Bound:
+        def bind(self, site: Any) -> Any:
+            return lambda tensor: seen.update({f"{site.name} {site.kind.label}": tensor.clone()})
+
+    with Board(str(tmp_path)) as board, Probe(model, observers=Bound(), keep=1) as p:
+        p.log(board, stats, histogram)
+        got = run()
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    values = {"2 output": p["2"].output, "0 input": p["0"].input}
+    if "grad" in transform:
+        torch.testing.assert_close(p["2"].grad_output, 2 * out)
+        values |= {"2 grad_output": p["2"].grad_output, "0 grad_input": p["0"].grad_input}
+    torch.testing.assert_close(p["2"].output, out)
+    for where, value in values.items():
+        assert not torch._C._functorch.is_functorch_wrapped_tensor(value), where
+        assert torch.equal(seen[where], value), where
+    assert reading.scalars(tmp_path, "2/output/norm") == [(0, pytest.approx(float(out.norm()), rel=1e-5))]
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec:FutureWarning")  # torch 2.11's unflatten
+def test_export() -> None:
+    """F13.3 exporting bakes in no hook and captures nothing fake; exported programs are refused or told of."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)), torch.randn(3, 4)
+    with Probe(model) as p:
+        model(x).sum().backward()
+        before = {name: p[name].output for name in p}
+        program = torch.export.export(model, (x,))
+        p.edit("0", lambda output: output * 0)
+        edited = torch.export.export(model, (x,))
+    assert all(p[name].output is before[name] for name in p)
+    for each in (program, edited):
+        assert torch.equal(each.module()(x), model(x))
+    with pytest.raises(TypeError, match=r"ExportedProgram.*torch\.export\.unflatten\(program\)"):
+        Probe(program)
+    exported = program.module()
+    p = Probe(exported, "0", "2").__enter__()
+    exported(x)
+    with pytest.warns(ProbeWarning, match="2 of 2 probed layers were never called.*the program was exported"):
+        p.__exit__(None, None, None)
+    assert "unflatten" in reasons(p, "2")
+    with Probe(torch.export.unflatten(program)) as p:
+        p._session.model(x)
+    torch.testing.assert_close(p["0"].output, model[0](x).detach())
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_jit() -> None:
+    """F13.4 a traced module is refused by name like a scripted one; tracing a probed model leaves no hook in it."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), torch.randn(3, 4)
+    with Probe(model) as p:
+        traced = torch.jit.trace(model, x, check_trace=False)
+    assert not p._session.taps[next(iter(p._layers))].fired
+    for each in (traced, torch.jit.script(model)):
+        with pytest.raises(TypeError, match="the model is a ScriptModule: torch puts no hooks on it"):
+            Probe(each)
+    assert torch.equal(traced(x), model(x))
+
+
+def test_fx() -> None:
+    """F13.5 symbolic tracing hands proxies to hooks: not captured; in the traced graph the shared leaves are live."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Tanh(), nn.Linear(4, 2))), torch.randn(3, 4)
+    with Probe(model, "*") as p:
+        model(x)
+        before = p["1"].output
+        traced = torch.fx.symbolic_trace(model)
+        assert p["1"].output is before
+        traced(x)
+    assert torch.equal(p["1.1"].output, before)
+    with Probe(traced) as p:
+        traced(x).sum().backward()
+    assert torch.equal(p["1.1"].output, before)
+    assert torch.equal(p["1.1"].grad_output, torch.ones(3, 2))
+
+
+def test_fused_transformer_layers_are_seen() -> None:
+    """F13.6 in eval mode torch would fuse the layer: all sublayers are seen; the attention's projection is told of."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1, enable_nested_tensor=False)
+    model.eval()
+    x = torch.randn(2, 4, 8)
+    with torch.no_grad():
+        fused = model(x)
+        with Probe(model) as p:
+            out = model(x)
+    torch.testing.assert_close(out, fused)
+    for name in ("self_attn", "linear1", "norm1", "dropout", "linear2", "norm2"):
+        assert p[f"layers.0.{name}"].output is not None
+    assert "layers.0.self_attn.out_proj" not in p
+    layer = model.layers[0]
+    torch.testing.assert_close(p["layers.0.linear1"].output, layer.linear1(p["layers.0.norm1"].output).detach())
+    with pytest.warns(ProbeWarning, match="out_proj"), torch.no_grad(), Probe(model, "*out_proj", "*linear2") as p:
+        model(x)
+    assert "uses its weights without calling it" in reasons(p, "layers.0.self_attn.out_proj")
 
 
 # -- 14 threads and workers --------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ class Log:
         self._events: list[str] = []
         self._asked = 0  # updates asked for, those that were skipped included
         self._skipped: list[int] = []
+        self.skips: Number = 0  # how many so far
         self._found_inf = _Deferred()  # of fused optimizers: an update that they skipped in their kernel has one > 0
         self._stepping = False
         self._start: Number | None = start
@@ -62,12 +63,14 @@ class Log:
         found_inf = getattr(optimizer, "found_inf", None)  # GradScaler sets it while it steps a fused optimizer
         if isinstance(found_inf, torch.Tensor):
             self._found_inf.put(self._asked, found_inf.detach().clone())
+            self.skips = self.skips + (found_inf.detach() > 0).sum()
         self._asked += 1
 
     def skip(self, count: int) -> None:
         """Note that the next `count` updates were asked for and not made."""
         self._skipped.extend(range(self._asked, self._asked + count))
         self._asked += count
+        self.skips = self.skips + count
 
     def names(self) -> list[str]:
         """One name a group, no two alike."""

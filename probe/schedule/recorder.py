@@ -92,8 +92,9 @@ class Recorder:
         """What the last update used, by tag of TensorBoard.
 
         Returns:
-            ``lr/<group>`` of every group, and ``<hyper-parameter>/<group>`` of each that has changed so far. A number
-            that lives on a device is a tensor: nobody has waited for it.
+            ``lr/<group>`` of every group, and ``<hyper-parameter>/<group>`` of each that has changed so far; with a
+            scaler ``grad_scaler/skipped``, the number of updates that it has skipped so far. A number that lives on a
+            device is a tensor: nobody has waited for it.
         """
         numbers: dict[str, Number] = {}
         for log in self._logs if optimizer is None else [self._log(optimizer)]:
@@ -101,6 +102,8 @@ class Recorder:
                 for key, column in group.columns.items():
                     if column.last is not None and (key == "lr" or len(column.rows) > 1):
                         numbers[f"{key}/{self._prefix(log)}{name}"] = column.last
+            if self._watch is not None:
+                numbers[f"grad_scaler/{self._prefix(log)}skipped"] = log.skips
         return numbers
 
     def prefix(self, optimizer: Optimizer) -> str:
