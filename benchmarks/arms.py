@@ -114,7 +114,7 @@ def _full_backward(work: Work, every: int) -> Iterator[Attached]:
 def _probe(kinds: Kind) -> Attach:
     @contextlib.contextmanager
     def attach(work: Work, every: int) -> Iterator[Attached]:
-        with Probe(work.model, kinds=kinds):
+        with Probe(work.called, kinds=kinds):
             yield Attached(work.step)
 
     return attach
@@ -122,7 +122,7 @@ def _probe(kinds: Kind) -> Attach:
 
 @contextlib.contextmanager
 def _left(work: Work, every: int) -> Iterator[Attached]:
-    with Probe(work.model):
+    with Probe(work.called):
         work.step()
     yield Attached(work.step)
 
@@ -137,7 +137,7 @@ def _log(*summaries: Any, everything: bool = False) -> Attach:
         with (
             tempfile.TemporaryDirectory() as folder,
             Board(folder) as board,
-            Probe(work.model, optimizer=optimizer) as p,
+            Probe(work.called, optimizer=optimizer) as p,
         ):
             p.log(board, *summaries, every=every, kinds=None if everything else kinds)
 

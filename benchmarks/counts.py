@@ -49,9 +49,10 @@ class Counts(NamedTuple):
 
 
 def count(model: nn.Module, step: Callable[[], object], device: str) -> Counts:
-    """The counts of a step. It is run three times; what is held is what the first run leaves."""
+    """The counts of a step. It is run four times; what is held is what the first run leaves."""
     allocations, held, peak = _memory(step, device)
     transfers, waits = _transfers(step, device)
+    step()  # a compiled one may have compiled itself anew for what counts the transfers
     return Counts(hooks(model), python_calls(step), allocations, held, peak, transfers, waits)
 
 

@@ -2,16 +2,16 @@
 
 An observed step of resnet18 in training, on which ``stats`` and ``histogram`` of all leaf outputs, their gradients, all
 parameters and all their gradients go into TensorBoard, against the same by hand: hooks, ``SummaryWriter.add_histogram``
-and ``.item()``. And a training run that logs every 100th step, against a bare one. Costs are the time beyond the bare
-step; ratios are medians of interleaved runs.
+and ``.item()``; and where it is installed against ``wandb.watch(log="all")``, which sees parameters and their gradients
+alone. And a training run that logs every 100th step, against a bare one. Costs are the time beyond the bare step, by
+interleaved pairs.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import contextlib
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +19,9 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from benchmarks.models import resnet18
+from benchmarks.libraries import wandb_watch
 from benchmarks.timing import compare, machine
+from benchmarks.work import Work, prepare
 from probe import Board, Kind, ParameterKind, Probe, histogram, stats
 
 
@@ -65,48 +66,47 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     print(machine())
     with tempfile.TemporaryDirectory() as folder:
-        observed(folder, options.batch, options.size, 3 if options.quick else 9)
+        observed(folder, options.batch, options.size, 1 if options.quick else 10)
         every(folder, options.batch, options.size, 20 if options.quick else 120)
 
 
-def observed(folder: str, batch: int, size: int, runs: int) -> None:
+def observed(folder: str, batch: int, size: int, seconds: float) -> None:
     """The cost of one observed step beyond a bare one, by hand over by probe."""
-    trained = [_training(batch, size) for _ in range(3)]
-    (_, _, bare), (model, optimizer, probed), (other, _, hand) = trained
-    kinds = [Kind.OUTPUT | Kind.GRAD_OUTPUT, ParameterKind.VALUE | ParameterKind.GRAD]
-    by_hand = ByHand(other, SummaryWriter(f"{folder}/hand"))
-    with Board(f"{folder}/probe") as board, Probe(model, optimizer=optimizer) as p:
-        p.log(board, stats, histogram, kinds=kinds)
-
-        def with_probe() -> None:
-            probed()
-            board.flush()  # so that the background thread's work is counted too
+    bare, probed, watched = (_training(batch, size) for _ in range(3))
+    handmade = _training(batch, size)
+    with SummaryWriter(f"{folder}/hand") as writer:
+        by_hand = ByHand(handmade.model, writer)
 
         def with_hand() -> None:
-            hand()
+            handmade.step()
             by_hand.parameters()
 
-        costs: dict[str, list[float]] = {"probe": [], "step": [], "hand": []}
-        for run in range(runs + 1):
-            zero = _seconds(bare)
-            times = {"step": _seconds(probed), "hand": _seconds(with_hand)}
-            board.flush()
-            times["probe"] = _seconds(with_probe)
-            if run:
-                for key, value in times.items():
-                    costs[key].append(value - zero)
-    by_hand.writer.close()
-    middle = {key: statistics.median(values) for key, values in costs.items()}
-    print(f"observed step, cost by hand / cost by probe, writing included: {middle['hand'] / middle['probe']:.1f}")
-    print(f"observed step, cost by hand / cost by probe in the training thread: {middle['hand'] / middle['step']:.1f}")
+        hand = compare(with_hand, bare.step, seconds=seconds, least=3)
+    kinds = [Kind.OUTPUT | Kind.GRAD_OUTPUT, ParameterKind.VALUE | ParameterKind.GRAD]
+    with Board(f"{folder}/probe") as board, Probe(probed.model, optimizer=probed.optimizer) as p:
+        p.log(board, stats, histogram, kinds=kinds)
+
+        def written() -> None:
+            probed.step()
+            board.flush()  # so that the background thread's work is counted too
+
+        whole = compare(written, bare.step, seconds=seconds, least=5)
+        thread = compare(probed.step, bare.step, seconds=seconds, least=5)
+    print(f"observed step, cost by hand / cost by probe, writing included: {hand.beyond / whole.beyond:.1f}")
+    print(f"observed step, cost by hand / cost by probe in the training thread: {hand.beyond / thread.beyond:.1f}")
+    with contextlib.suppress(ImportError), wandb_watch(watched) as job:
+        theirs = compare(job.run, bare.step, seconds=seconds, least=3)
+        print(
+            f"observed step, cost of wandb.watch / cost by probe, writing included: {theirs.beyond / whole.beyond:.1f}"
+        )
 
 
 def every(folder: str, batch: int, size: int, seconds: float) -> None:
     """A hundred steps, one of them observed, against a hundred bare ones."""
-    (_, _, bare), (model, optimizer, probed) = _training(batch, size), _training(batch, size)
-    with Board(f"{folder}/every") as board, Probe(model, optimizer=optimizer) as p:
+    bare, probed = _training(batch, size), _training(batch, size)
+    with Board(f"{folder}/every") as board, Probe(probed.model, optimizer=probed.optimizer) as p:
         p.log(board, stats, histogram, every=100)
-        ratio = compare(lambda: _repeat(probed), lambda: _repeat(bare), seconds=seconds, least=3)
+        ratio = compare(lambda: _repeat(probed.step), lambda: _repeat(bare.step), seconds=seconds, least=3)
     print(f"100 steps, one of them observed / bare: {ratio}")
 
 
@@ -115,22 +115,8 @@ def _repeat(step: Callable[[], None]) -> None:
         step()
 
 
-def _training(batch: int, size: int) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], None]]:
-    model, x = resnet18(batch, size)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
-
-    return model, optimizer, step
-
-
-def _seconds(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def _training(batch: int, size: int) -> Work:
+    return prepare("resnet18", "train", "cpu", torch.float32, False, {"batch": batch, "size": size})
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +30,7 @@ class Work:
     compiled: bool = False
 
     def __post_init__(self) -> None:
-        self._call: Callable[..., Any] = torch.compile(self.model) if self.compiled else self.model
+        self.called: Any = torch.compile(self.model) if self.compiled else self.model
 
     @property
     def device(self) -> str:
@@ -46,8 +45,8 @@ class Work:
     def forward(self) -> Any:
         """The model's output."""
         if isinstance(self.inputs, dict):
-            return self._call(**self.inputs)
-        return self._call(*self.inputs) if isinstance(self.inputs, tuple) else self._call(self.inputs)
+            return self.called(**self.inputs)
+        return self.called(*self.inputs) if isinstance(self.inputs, tuple) else self.called(self.inputs)
 
     def step(self) -> None:
         """One step."""
