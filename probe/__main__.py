@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import probe
-from probe import demo, schedule
+from probe import run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,14 +24,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Raises:
         SystemExit: after ``--help`` and ``--version`` (0), and for arguments that make no sense (2).
+        BaseException: whatever ends the script of ``run``.
     """
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m probe", description=probe.__doc__)
     parser.add_argument("--version", action="version", version=f"probe {probe.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    demo.add_command(commands)
-    schedule.add_command(commands)
-    _add_open(commands)
+    run.add_command(commands)
+    if argv[:1] != ["run"]:  # these import torch, which is the script's to do
+        from probe import demo, schedule
+
+        demo.add_command(commands)
+        schedule.add_command(commands)
+        _add_open(commands)
     args = parser.parse_args(argv)
+    if args.command == "run":
+        return run.run(args)
     try:
         status: int = args.run(args)
     except ImportError as error:

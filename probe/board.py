@@ -95,7 +95,7 @@ class Board(SummaryWriter):
         self._purge_from = purge_step
         self._before_close: list[Callable[[], None]] = []
         try:
-            self._writer.where = where = where or _new_folder(comment)
+            self._writer.where = where = where or new_folder(comment)
             self._root = where if "://" in where else os.path.abspath(where)  # the program may change directory later
             self._suffix = filename_suffix
             self._waits = rank() > 0
@@ -507,7 +507,7 @@ class _Run(FileWriter):
         self._writer.check_open()
 
 
-def _new_folder(comment: str) -> str:
+def new_folder(comment: str) -> str:
     """Make a folder below ``runs`` that nobody had before."""
     os.makedirs("runs", exist_ok=True)
     name = f"runs/{time.strftime('%b%d_%H-%M-%S')}_{socket.gethostname()}{comment}"

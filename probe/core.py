@@ -401,7 +401,7 @@ class Probe:
     def log(
         self,
         writer: Any,
-        *summaries: Summary,
+        *summaries: Summary | Joint,
         every: int = 1,
         layers: Any = None,
         kinds: Any = None,

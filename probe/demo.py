@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from probe import cam
 from probe.capture import Capture, Image, Shown, Summary
 from probe.core import Probe
+from probe.run import positive
 from probe.summary import feature_maps, histogram, input_images, kernels, stats
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def add_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
         "it with a Probe, and write what was seen as a TensorBoard run.",
     )
     parser.add_argument("--logdir", default="runs/demo", help="folder of the TensorBoard run (default: %(default)s)")
-    parser.add_argument("--epochs", type=_positive, default=12, help="passes over the training digits (default: 12)")
+    parser.add_argument("--epochs", type=positive, default=12, help="passes over the training digits (default: 12)")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the shuffling (default: 0)")
     parser.set_defaults(run=run)
 
@@ -177,10 +178,3 @@ def enlarged(summary: Summary, times: int = 8) -> Summary:
 
     show.kinds = summary.kinds  # type: ignore[attr-defined]
     return show
-
-
-def _positive(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, not {text!r}")
-    return number

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from probe.calls import Call, Pass, PassInfo, StopForward
 from probe.capture import Kind, Layer
@@ -85,6 +87,7 @@ class Tap:
         self.tried = False  # whether a whole pass went by while it had hooks, and whether they ever fired
         self.fired = False
         self.short: Any = None
+        self.before: Any = None  # the hook before the forward, where it needs one
         # (sequence number, weak call, index, info) of calls whose gradients come back by another road than a closure:
         # torch's module backward hook, and the recomputation of a reentrant checkpoint
         self.tickets: deque[tuple[int, weakref.ref[Call], int, PassInfo]] = deque(maxlen=4096)
@@ -96,13 +99,15 @@ class Tap:
         """Put the hooks on; the handles."""
         module = self.layer.module
         handles: list[Any] = []
+        self.before = None
         by_module = self.session.backward == "module" and (self.asks(Kind.GRAD_OUTPUT) or self.asks(Kind.GRAD_INPUT))
         paired = by_module or self.asks(Kind.INPUT) or self.asks(Kind.GRAD_INPUT)
         try:
             if by_module:
                 handles.append(_FullBackwardHandle(module, Hook(self._module_backward())))
             if paired:
-                handles.append(module.register_forward_pre_hook(Hook(self._before(by_module)), with_kwargs=True))
+                self.before = Hook(self._before(by_module))
+                handles.append(module.register_forward_pre_hook(self.before, with_kwargs=True))
             if paired or self.asks(Kind.OUTPUT) or self.asks(Kind.GRAD_OUTPUT) or self.stop:
                 after = self._after(paired, by_module)
                 self.short = None if paired or self.stop or self.asks(Kind.GRAD_OUTPUT) else self._only_taker()
@@ -649,3 +654,13 @@ class _FirstHook(weakref.ref[Any]):
         hooks = self()
         if hooks is not None:
             hooks.pop(self.id, None)
+
+
+def on_any_call(function: Callable[[nn.Module, tuple[Any, ...]], None]) -> Any:
+    """Have ``function(module, args)`` called before the forward of every module of this process; the handle."""
+    return register_module_forward_pre_hook(function)
+
+
+def on_any_step(function: Callable[..., None]) -> Any:
+    """Have ``function(optimizer, args, kwargs)`` called before every step of every optimizer; the handle."""
+    return register_optimizer_step_pre_hook(function)

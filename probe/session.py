@@ -31,6 +31,7 @@ class Session:
         self.passes = 0
         self.whole_passes = 0  # those that no exception ended
         self.versions = True  # False in inference mode, where tensors count no versions
+        self.resting = False  # layers are hooked only for single passes, see `rest`
         self.tag: str | None = None
         self.stopping: str | None = None  # the layer after which the running forward was to end
         self.receivers: list[Receiver] = []
@@ -54,7 +55,7 @@ class Session:
 
     def ask(self) -> None:
         """Ask every receiver what it wants in this step."""
-        self._bound = [receiver.active(self.step) for receiver in self.receivers]
+        self._bound = self._wishes()
         active = [receiver for receiver, wants in zip(self.receivers, self._bound, strict=True) if wants]
         for tap in self.taps.values():
             tap.takers = {
@@ -85,6 +86,35 @@ class Session:
         self.closed = False
         for receiver in self.receivers:
             receiver.bound(self.idle)
+
+    def _wishes(self) -> list[bool]:
+        return [not self.resting and receiver.active(self.step) for receiver in self.receivers]
+
+    def rest(self) -> None:
+        """Leave the layers without hooks, whatever receivers want, but for the passes that `see` is asked for."""
+        self.resting = True
+        self.detach()
+
+    def see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Hook the layers for the pass that the running call of `module` begins, and for no longer.
+
+        To be called from a hook that torch runs before the forward of every module, and that is not told of keyword
+        arguments: those of `module` itself are not captured. The hooks that `module` gets here do not run before its
+        forward any more, so what they do is done here.
+        """
+        self.resting = False
+        try:
+            self.bind()
+        finally:
+            self.resting = True
+        taps = [tap for tap in self._live if tap.layer.module is module]
+        if not taps and id(module) not in self.scopes:
+            self.detach()
+            return
+        self.begin(module)
+        for tap in taps:
+            if tap.before is not None:
+                tap.before(module, args, {})
 
     @property
     def idle(self) -> bool:
@@ -180,7 +210,7 @@ class Session:
         for receiver in self.receivers:
             receiver.end_step(self.step, stepped=stepped)
         self.step += 1
-        if not self.closed and [receiver.active(self.step) for receiver in self.receivers] != self._bound:
+        if not self.closed and not self.resting and self._wishes() != self._bound:
             self.bind()
 
     def count_from(self, step: int) -> None:
@@ -215,6 +245,8 @@ class Session:
         pass_.stack.clear()
         with self._lock:
             self._active.discard(pass_)
+        if self.resting:
+            self.detach()
 
     def handles(self) -> list[Any]:
         """A new list for the handles of hooks on tensors; lists whose graphs are gone are dropped now and then."""

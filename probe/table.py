@@ -7,9 +7,13 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
+
 from probe import sketch
 from probe.calls import UNSET, Call
-from probe.capture import Layer
+from probe.capture import Capture, Kind, Layer
+from probe.sketch import Sketch
+from probe.summary import drawn as drawn_of
 from probe.tree import leaves
 
 
@@ -69,15 +73,31 @@ def layer_table(layers: Iterable[tuple[Layer, list[Call], bool]]) -> LayerTable:
 
 def _row(layer: Layer, calls: list[Call]) -> LayerRow:
     call = calls[-1] if calls else None
-    kind = layer.module_type.__name__
     outputs = leaves(call.output) if call is not None and call.output is not UNSET else []
     value = outputs[0][1] if outputs else None
-    drawn = None if value is None else sketch.of(value)
-    norm = _gradient_norm(call)
-    row = LayerRow(layer.name, kind, None, "", None, None, None, None, norm, len(calls), "")
-    if value is not None:
-        shape = () if value.is_nested else tuple(value.shape)
-        row = row._replace(shape=shape, dtype=str(value.dtype).removeprefix("torch."))
+    backwards = [each for each in call.backwards if each.grad_output] if call is not None else []
+    gradients = [sketch.of(gradient) for gradient in backwards[-1].grad_output.values()] if backwards else []
+    seen = None if value is None else (_form(value), sketch.of(value))
+    row = _row_of(layer.name, layer.module_type.__name__, seen, gradients, len(calls))
+    return row._replace(mark=f"({call.raised})") if call is not None and call.raised else row
+
+
+_Form = tuple[tuple[int, ...], str]
+"""Shape and dtype of a tensor."""
+
+
+def _form(value: torch.Tensor) -> _Form:
+    return () if value.is_nested else tuple(value.shape), str(value.dtype).removeprefix("torch.")
+
+
+def _row_of(
+    name: str, kind: str, seen: tuple[_Form, Sketch | None] | None, gradients: Iterable[Sketch | None], calls: int
+) -> LayerRow:
+    norms = [gradient.norm for gradient in gradients if gradient is not None]
+    norm = math.hypot(*norms) if norms else None
+    row = LayerRow(name, kind, None, "", None, None, None, None, norm, calls, "")
+    (shape, dtype), drawn = seen or ((None, ""), None)
+    row = row._replace(shape=shape, dtype=dtype)
     if drawn is not None:
         row = row._replace(
             mean=drawn.mean,
@@ -85,15 +105,44 @@ def _row(layer: Layer, calls: list[Call]) -> LayerRow:
             zeros=drawn.zeros / drawn.count if drawn.count else None,
             nonfinite=drawn.nan + drawn.posinf + drawn.neginf,
         )
-    return row._replace(mark=f"({call.raised})" if call is not None and call.raised else _mark(row))
+    return row._replace(mark=_mark(row))
 
 
-def _gradient_norm(call: Call | None) -> float | None:
-    backwards = [each for each in call.backwards if each.grad_output] if call is not None else []
-    if not backwards:
-        return None
-    norms = [drawn.norm for g in backwards[-1].grad_output.values() if (drawn := sketch.of(g)) is not None]
-    return math.hypot(*norms) if norms else None
+class LastSeen:
+    """A summary that yields nothing, and remembers of each layer what its row of the table says.
+
+    So a probe that logs and keeps no values has a table too, of each layer's last observed call. It holds sketches, on
+    the layers' devices.
+    """
+
+    kinds = Kind.OUTPUT | Kind.GRAD_OUTPUT
+
+    def __init__(self) -> None:
+        self.steps: set[int] = set()
+        self.gradients: dict[str, dict[str, Sketch | None]] = {}
+        self._outputs: dict[str, tuple[_Form, Sketch | None]] = {}
+        self._places: dict[str, tuple[int, int]] = {}
+
+    def __call__(self, c: Capture) -> tuple[()]:
+        place = (c.step, c.call)
+        if c.kind is Kind.OUTPUT:
+            self.steps.add(c.step)
+            if self._places.get(c.name) != place:  # of several outputs the first
+                self._places[c.name] = place
+                self._outputs[c.name] = _form(c.value), drawn_of(c)
+        elif c.kind is Kind.GRAD_OUTPUT and self._places.get(c.name, place) == place:
+            if c.path in (of_layer := self.gradients.setdefault(c.name, {})):
+                of_layer.clear()  # it is of an earlier backward
+            of_layer[c.path] = drawn_of(c)
+        return ()
+
+    def table(self, layers: Iterable[tuple[str, str]]) -> LayerTable:
+        """The table of these layers, given as names and types. Reading the numbers waits for the device."""
+        calls = {name: call + 1 for name, (_, call) in self._places.items()}
+        return LayerTable(
+            _row_of(name, kind, self._outputs.get(name), self.gradients.get(name, {}).values(), calls.get(name, 0))
+            for name, kind in layers
+        )
 
 
 def _mark(row: LayerRow) -> str:
