@@ -17,9 +17,11 @@ from probe import select
 from probe.calls import Receiver, StopForward
 from probe.capture import Kind, Layer, ParameterKind, Summary
 from probe.compiled import INSIDE, Eager, GraphSession
+from probe.edits import Edit, checked
 from probe.findings import Findings
 from probe.hooks import Tap
 from probe.observers import Adapter, Joint, Scene, Store, joint
+from probe.reasons import missing, only_holds, why_never, why_no_gradients
 from probe.record import (
     OverwrittenRow,
     PassRecords,
@@ -28,13 +30,10 @@ from probe.record import (
     Row,
     Table,
     Values,
-    missing,
     overwritten,
-    why_no_gradients,
 )
 from probe.select import NoSuchLayer
 from probe.session import Session
-from probe.tree import leaves
 
 if TYPE_CHECKING:  # imported where they are used: they need NumPy, and ``import probe`` is to be quick
     from probe import schedule
@@ -43,24 +42,6 @@ if TYPE_CHECKING:  # imported where they are used: they need NumPy, and ``import
 
 class ProbeWarning(UserWarning):
     """Something a probe was asked for did not happen."""
-
-
-class Edit:
-    """The handle of one edit: ``remove()`` takes it back; as a context manager it lasts for the block."""
-
-    def __init__(self, undo: Callable[[], None]) -> None:
-        self._undo = undo
-
-    def remove(self) -> None:
-        """Take the edit back. Again is harmless."""
-        undo, self._undo = self._undo, _nothing
-        undo()
-
-    def __enter__(self) -> Edit:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.remove()
 
 
 class Probe:
@@ -151,7 +132,7 @@ class Probe:
             self._session.receivers.append(self._eager)
         if self._recorder is not None:
             self._session.receivers.append(_Rates(self._recorder))
-        self._why_never = functools.partial(_why_never, self._session, self._every)  # no method: that were a cycle
+        self._why_never = functools.partial(why_never, self._session, self._every)  # no method: that were a cycle
         self._reading = Reading(self._kinds, self._store.keep, self._why_never)
         self._stack: contextlib.ExitStack | None = None
         for layer in self._layers:
@@ -223,7 +204,7 @@ class Probe:
             warnings.warn(text, ProbeWarning, stacklevel=3)
         taps = [session.taps[layer] for layer in self._layers]
         silent = [tap.layer for tap in taps if tap.tried and not tap.fired]
-        silent = [layer for layer in silent if not _only_holds(layer) or self._asked & {*layer.names, id(layer.module)}]
+        silent = [layer for layer in silent if not only_holds(layer) or self._asked & {*layer.names, id(layer.module)}]
         if silent and not any(tap.stop for tap in session.taps.values()):
             shown = ", ".join(repr(layer.name) for layer in silent[:5]) + (" ..." if len(silent) > 5 else "")
             text = f"{len(silent)} of {len(self._layers)} probed layers were never called: {shown}. The first: "
@@ -350,14 +331,14 @@ class Probe:
         for layer in chosen:
             tap = self._tap(layer)
             for kind in on:
-                checked = _checked(function, layer, kind, same_shape)
-                tap.edits[kind] = (*tap.edits.get(kind, ()), checked)
-                added.append((tap, kind, checked))
+                edit = checked(function, layer, kind, same_shape)
+                tap.edits[kind] = (*tap.edits.get(kind, ()), edit)
+                added.append((tap, kind, edit))
         self._rebind()
 
         def undo() -> None:
-            for tap, kind, checked in added:
-                tap.edits[kind] = tuple(each for each in tap.edits.get(kind, ()) if each is not checked)
+            for tap, kind, edit in added:
+                tap.edits[kind] = tuple(each for each in tap.edits.get(kind, ()) if each is not edit)
             self._rebind()
 
         return Edit(undo)
@@ -600,10 +581,6 @@ class Probe:
         return self.summary()._repr_html_()
 
 
-def _nothing() -> None:
-    pass
-
-
 def _listed(value: Any) -> list[Any]:
     if value is None:
         return []
@@ -689,49 +666,6 @@ def _hookable(layers: list[Layer]) -> list[Layer]:
     return found
 
 
-def _only_holds(layer: Layer) -> bool:
-    """Whether the layer is a container that nobody can call (ModuleList, ModuleDict)."""
-    kind = type(layer.module)
-    called = kind.forward is not nn.Module.forward or kind.__call__ is not nn.Module.__call__
-    return not called and not layer.module._parameters
-
-
-def _why_never(session: Session, every: list[Layer], layer: Layer) -> str:
-    """Why a layer has no call to show, as far as can be known."""
-    module = layer.module
-    tap = session.taps.get(layer)
-    if not session.passes and session.idle:
-        return "nothing was hooked: no values are kept (keep=0), and no observer or log wanted any"
-    if not session.passes:
-        dynamo = " (was it compiled before that?)" if "torch._dynamo" in sys.modules else ""
-        return "the model was not called while the probe was attached" + dynamo
-    if all(each.module is not module for each in select.layers(session.model)):
-        return "it was replaced by another module while the probe was attached; enter a new Probe afterwards"
-    if tap is not None and tap.fired:
-        return "it was called, but not in the passes that are kept (keep= says how many)"
-    if type(module).__call__ is not nn.Module.__call__:
-        return f"never called through hooks: {type(module).__name__} overrides __call__"
-    if type(module) is nn.Module and isinstance(session.model, torch.fx.GraphModule):
-        return (
-            "never called: the program was exported, and its layers are inlined; probe the model before "
-            "torch.export.export, or what torch.export.unflatten(program) gives"
-        )
-    if _only_holds(layer):
-        return f"never called: {type(module).__name__} only holds other modules"
-    for parent in every:
-        if isinstance(parent.module, select.WORKS_INSIDE) and any(m is module for m in parent.module.children()):
-            kind = type(parent.module).__name__
-            return f"never called: its parent {parent.name!r} ({kind}) uses its weights without calling it"
-    if any(each.stop for each in session.taps.values()):
-        return "never called: stop_after ended the forward before it"
-    if not session.whole_passes:
-        return "never called: an exception ended the forward before it"
-    return (
-        "never called: the model skips it, calls its .forward directly, uses its weights in a function, "
-        "or took a fused path around it"
-    )
-
-
 def _check_compiled(compiled: str, kinds: Kind | None, keep: int | None, backward: str, copy_views: bool) -> None:
     if compiled not in ("auto", "inside", "error"):
         raise ValueError(f"compiled={compiled!r}: use 'auto' (the default), 'inside' or 'error'")
@@ -793,32 +727,3 @@ def _end(receiver: Receiver, session: Session, error: BaseException | None) -> N
         receiver.leave(error)
     receiver.end_step(session.step, stepped=bool(session.optimizers))
     receiver.close()
-
-
-def _checked(function: Callable[[Any], Any], layer: Layer, kind: Kind, same_shape: bool) -> Callable[[Any], Any]:
-    """The user's edit, with errors that name the layer."""
-    where = f"the edit of {layer.name!r} on {kind.label}"
-
-    def edit(value: Any) -> Any:
-        before = {path: (tuple(t.shape), t.dtype) for path, t in leaves(value)}
-        try:
-            new = function(value)
-        except Exception as error:
-            error.add_note(f"raised by {where}")
-            raise
-        if new is None and value is not None:
-            raise TypeError(f"{where} returned None; return the value that is to flow on")
-        if not same_shape:
-            return new
-        after = {path: (tuple(t.shape), t.dtype) for path, t in leaves(new)}
-        if before.keys() != after.keys():
-            raise TypeError(f"{where} returned tensors at {list(after)}, but the value has them at {list(before)}")
-        for path, (shape, dtype) in before.items():
-            if after[path] != (shape, dtype):
-                raise ValueError(
-                    f"{where} returned {list(after[path][0])} {after[path][1]}{f' at {path}' if path else ''}, "
-                    f"but {list(shape)} {dtype} flows there; return the same shape and dtype"
-                )
-        return new
-
-    return edit

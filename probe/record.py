@@ -10,8 +10,9 @@ import torch
 from probe.calls import UNSET, Call, Pass
 from probe.capture import Kind, Layer
 from probe.observers import Backward, Seen
+from probe.reasons import why_no_gradient
 from probe.select import NoSuchLayer
-from probe.tree import Opaque, data_address, fill, inputs, leaves, rebuild
+from probe.tree import data_address, fill, inputs, leaves
 
 
 class Reading:
@@ -181,86 +182,6 @@ class Record:
         what += ["gradients"] if self._calls[self._index].backwards else []
         call = f"call {self._index} of {len(self._calls)}"
         return f"<Record {self.name!r} ({self.module_type.__name__}), {call}: {', '.join(what) or 'nothing kept'}>"
-
-
-def why_no_gradient(call: Call, kind: Kind) -> str | None:
-    """Why no gradient came to a call, or None where there is simply none to come (frozen, integer, unused)."""
-    if lost_views(call):  # with an output that is a view of the input, the gradient at the input is lost as well
-        return (
-            "lost: the output is a view and was written to in place afterwards, which drops torch's hook without "
-            "a word; use Probe(..., copy_views=True) to hand on a copy instead"
-        )
-    if kind is Kind.GRAD_INPUT:
-        lost = [note for note in call.notes if "lost" in note]
-        if lost:
-            return lost[0]
-    if not call.needs_grad or (kind is Kind.GRAD_INPUT and not call.input_needs_grad):
-        return None
-    if not call.info.backwards:
-        return (
-            "no backward pass has come back to it while the probe was attached; call backward() on a loss that depends "
-            "on it, inside the with-block"
-        )
-    return None
-
-
-def why_no_gradients(calls: list[Call], kinds: Kind) -> str | None:
-    """Why there is not one gradient of these kinds in all these calls, where one reason holds for all of them."""
-    if not kinds & (Kind.GRAD_INPUT | Kind.GRAD_OUTPUT):
-        return None
-    if calls and not any(call.info.grad_enabled for call in calls):
-        return "the forward ran under no_grad or inference_mode"
-    waiting = any(call.needs_grad if Kind.GRAD_OUTPUT in kinds else call.input_needs_grad for call in calls)
-    if waiting and not any(call.info.backwards or lost_views(call) for call in calls):
-        return (
-            "no backward pass has come back while the probe was attached; call backward() on a loss that depends on "
-            "the output, inside the with-block"
-        )
-    return None
-
-
-def lost_views(call: Call) -> list[str]:
-    """Paths of outputs whose gradient hook torch dropped: views that were written to in place."""
-    came = {path for each in call.backwards for path in each.grad_output or ()}
-    return [path for path, alias, before in call.views if path not in came and alias._version != before]
-
-
-def missing(call: Call, kinds: Kind, blind: bool) -> list[str]:
-    """What is not on a call though it was asked for, in words; `blind`: there are no gradients at all, as was said."""
-    if call.raised:
-        return [call.raised]
-    found = [note for note in call.notes if "lost" not in note]
-    asked = [kind for kind in (Kind.GRAD_OUTPUT, Kind.GRAD_INPUT) if kind in kinds]
-    if blind or not asked:
-        return found
-    if not call.needs_grad:
-        seen = opaque_types(call.shape_out)
-        if seen:
-            return [*found, f"no gradient: its output holds {seen}, which the probe does not look into"]
-        return [*found, "no gradient: its output needs none (frozen, integer, or computed under no_grad)"]
-    for kind in asked:
-        side = "grad_output" if kind is Kind.GRAD_OUTPUT else "grad_input"
-        if any(getattr(each, side) for each in call.backwards):
-            continue
-        if kind is Kind.GRAD_INPUT and not call.input_needs_grad:
-            continue
-        if reason := why_no_gradient(call, kind):
-            found.append(f"no {side}: {reason}")
-        elif not call.backwards:
-            found.append(f"no {side}: no gradient was asked back; the loss does not depend on it")
-    return found
-
-
-def opaque_types(value: Any) -> str:
-    """The types of objects in a shape that the walker did not look into."""
-    found: list[str] = []
-
-    def see(each: Any) -> Any:
-        found.append(each.type.__qualname__ if isinstance(each, Opaque) else type(each).__qualname__)
-        return each
-
-    rebuild(value, lambda _, slot: slot, opaque=see)
-    return ", ".join(dict.fromkeys(found))
 
 
 class Values(Mapping[str, Any]):
