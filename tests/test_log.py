@@ -94,6 +94,33 @@ def test_event_files_hold_what_flowed(tmp_path: Path, model: nn.Module, optimize
     assert sum(event.histogram_value.bucket) == out.numel()
 
 
+def test_event_files_hold_what_is_hard_to_hold(tmp_path: Path) -> None:
+    """bfloat16 far from 1, NaN and Inf: finite values keep their scale and their number, the others are counted."""
+    values = torch.tensor([1e-9, -1e-9, 1e6, 2e6, 0.0, 0.0, float("nan"), float("inf")], dtype=torch.bfloat16)
+    finite = values[:6].double()
+    model = nn.Identity()
+    with Board(str(tmp_path)) as board, Probe(model, kinds=Kind.OUTPUT) as p:
+        p.log(board, stats, histogram)
+        model(values)
+    (event,) = read(tmp_path).Histograms("Identity/output/histogram")
+    drawn = event.histogram_value
+    assert (drawn.min, drawn.max, drawn.num) == (float(finite.min()), float(finite.max()), 6)
+    assert sum(drawn.bucket) == 6
+    assert drawn.sum == pytest.approx(float(finite.sum()), rel=1e-12)
+    tiny = [count for limit, count in zip(drawn.bucket_limit, drawn.bucket, strict=True) if limit <= 1e-6]
+    assert sum(tiny) == 4  # none was squeezed into its neighbour's bucket
+    for name, number in {"nan": 1, "inf": 1, "zeros": 2 / 8, "max": float(finite.max())}.items():
+        assert scalars(tmp_path, f"Identity/output/{name}") == {0: pytest.approx(number)}
+
+
+def test_a_model_without_values_logs_nothing(tmp_path: Path, model: nn.Module) -> None:
+    """On the meta device there is nothing to show, and nothing is said."""
+    with Board(str(tmp_path)) as board, Probe(model.to("meta")) as p:
+        p.log(board, stats, histogram)
+        model(torch.empty(2, 4, device="meta")).sum().backward()
+    assert not any(tags for tags in read(tmp_path).Tags().values() if isinstance(tags, list))
+
+
 def test_only_every_nth_step_is_hooked_and_logged(
     tmp_path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
