@@ -1490,6 +1490,26 @@ def test_early_stop_leaves_no_open_call(how: dict[str, Any], kinds: Kind) -> Non
     assert [len(p[name].calls) for name in ("", "block1", "block1.0", "block2.0")] == [1, 1, 2, 1]
 
 
+@CHECKPOINTS
+def test_checkpointed_layers_are_logged_once(how: dict[str, Any], tmp_path: Path) -> None:
+    """F8.1 F8.1b what is logged of a step is the same with checkpoints and without: no value counts twice."""
+    model = Checkpointed(**how)
+    plain = copy.deepcopy(model)
+    plain.how = {}
+    x = torch.randn(3, 4, requires_grad=True)
+    found = []
+    for name, each in (("plain", plain), ("checkpointed", model)):
+        torch.manual_seed(1)
+        with Board(str(tmp_path / name)) as board, Probe(each) as p:
+            p.log(board, stats, histogram)
+            zoo.loss(each(x)).backward()
+        events = reading.read(tmp_path / name)
+        drawn = {tag: events.Histograms(tag)[0].histogram_value for tag in events.Tags()["histograms"]}
+        found.append({tag: (each.num, each.sum, list(each.bucket)) for tag, each in drawn.items()})
+    assert found[0] == found[1]
+    assert "block1.0/grad_output#1/histogram" in found[0]
+
+
 def test_maths_in_observers_does_not_disturb_checkpoints() -> None:
     """F8.3 what an observer computes must save no tensors: non-reentrant checkpoints would count them."""
     model = Checkpointed(use_reentrant=False)
