@@ -46,6 +46,8 @@ class Meeting:
         self._rank = rank
         self._size = size
         self._at = 0
+        # torchrun's store outlives a process group: what another one's meetings left there must not be taken for ours
+        self._prefix = f"probe/{self._store.add(f'probe/rank{rank}', 1)}"
 
     def agree(self, lines: list[str]) -> None:
         """Return when all ranks have come with the same lines; the first says where this rank is.
@@ -53,7 +55,7 @@ class Meeting:
         Raises:
             RuntimeError: on every rank, with what differs, who left or who did not come.
         """
-        lines_of = f"probe/{self._at}/lines"
+        lines_of = f"{self._here}/lines"
         digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
         verdict, *differing = self._verdict(digest, lines[0]).split("\n")
         if differing:
@@ -74,13 +76,17 @@ class Meeting:
         self._at += 1
 
     @property
+    def _here(self) -> str:
+        return f"{self._prefix}/{self._at}"
+
+    @property
     def _timeout(self) -> timedelta:
         timeout: timedelta = self._store.timeout
         return timeout / 2
 
     def _verdict(self, digest: str, where: str) -> str:
         """``"agreed"``, or what is wrong; with two ranks to compare, one a line, where that is a difference."""
-        store, here = self._store, f"probe/{self._at}"
+        store, here = self._store, self._here
         ranks = [f"{here}/rank{each}" for each in range(self._size)]
         store.set(ranks[self._rank], digest)
         if store.add(f"{here}/come", 1) == self._size:
@@ -102,13 +108,13 @@ class Meeting:
 
     def _decide(self, verdict: str) -> None:
         """Set the verdict of the present meeting, unless somebody has."""
-        if self._store.add(f"probe/{self._at}/decided", 1) == 1:
-            self._store.set(f"probe/{self._at}/verdict", verdict)
+        if self._store.add(f"{self._here}/decided", 1) == 1:
+            self._store.set(f"{self._here}/verdict", verdict)
 
     def _forget(self, at: int) -> None:
         """Clear away a meeting that all ranks have left, which they have when they are at the next one."""
         for key in ("come", "decided", "verdict", *(f"rank{each}" for each in range(self._size))):
-            self._store.delete_key(f"probe/{at}/{key}")
+            self._store.delete_key(f"{self._prefix}/{at}/{key}")
 
 
 def _difference(first: list[str], other: list[str], *ranks: str) -> str:

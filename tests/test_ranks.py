@@ -111,6 +111,15 @@ def test_what_differs_is_told_to_all(store: Any) -> None:
     assert together(*(lambda m=m: m.agree(["step 2"]) for m in meetings)) == [None] * 3
 
 
+def test_a_store_may_outlive_a_process_group(store: Any) -> None:
+    """What the ranks of an earlier one agreed, or failed, to do in it is nothing to those of the next."""
+    for _ in range(3):
+        meetings = [Meeting(store, rank, 2) for rank in range(2)]
+        assert together(*(lambda m=m: m.agree(["step 0"]) for m in meetings)) == [None] * 2
+        found = together(*(lambda m=m, r=r: m.agree(["step 1", str(r)]) for r, m in enumerate(meetings)))
+        assert all("only rank 0 has 0; only rank 1 has 1" in str(error) for error in found)
+
+
 def test_a_rank_that_left_is_named_to_all(store: Any) -> None:
     """Whether they wait already or come later; afterwards they can meet again."""
     here, there = (Meeting(store, rank, 2) for rank in range(2))
