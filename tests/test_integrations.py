@@ -7,6 +7,7 @@ import copy
 import importlib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,6 +167,27 @@ def test_a_resumed_training_of_transformers_goes_on_counting(data: TensorDataset
     resumed = ProbeCallback(tmp_path / "again", stats)
     trainer(model, data, tmp_path / "out", resumed, **options).train(resume_from_checkpoint=True)
     check_run(tmp_path / "again", "fc", "fc.weight", 2, 3, 4)
+
+
+def test_the_scaler_of_a_float16_training_of_transformers(tmp_path: Path) -> None:
+    """It is accelerate's, kept at its optimizer; gradients are logged without its scale."""
+    pytest.importorskip("transformers")
+    from probe.integrations.transformers import ProbeCallback
+
+    model, scaler = Classifier(), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.scaler = scaler
+    callback, state = ProbeCallback(tmp_path, stats), SimpleNamespace(global_step=0)
+    callback.on_train_begin(None, state, None, model=model, optimizer=optimizer)
+    out = model(torch.ones(2, 4), torch.tensor([0, 1]))
+    gradients: list[torch.Tensor] = []
+    out["logits"].register_hook(gradients.append)
+    scaler.scale(out["loss"]).backward()
+    scaler.step(optimizer)
+    callback.on_train_end(None, state, None)
+    assert scalars(tmp_path, "grad_scaler/scale") == [(0, 1024.0)]
+    ((_, norm),) = scalars(tmp_path, "head/grad_output/norm")
+    assert norm == pytest.approx(float(gradients[0].norm()) / 1024, rel=1e-5)
 
 
 def lightning_module(fails_at: int = -1) -> Any:

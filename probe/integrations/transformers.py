@@ -34,7 +34,8 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]  # of type Any where
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Attach."""
-        self.probe = self._training.begin(objects["model"], objects["optimizer"], steps=state.global_step)
+        scaler = getattr(objects["optimizer"], "scaler", None)  # of accelerate's wrapper, under float16
+        self.probe = self._training.begin(objects["model"], objects["optimizer"], scaler, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Detach, and write what is open."""
