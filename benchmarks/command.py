@@ -47,7 +47,7 @@ def start(options: argparse.Namespace) -> None:
     if options.device == "cpu":
         _bound_memory()
     quiet()
-    print(machine(), flush=True)
+    print(machine(options.device), flush=True)
 
 
 def quiet() -> None:

@@ -69,7 +69,7 @@ def bandwidth(found: Results, device: str, seconds: float, size: int) -> None:
 
 
 def sketches(found: Results, device: str, seconds: float, size: int) -> None:
-    """Sketching against reading, and as a share of the bandwidth of copying: both count each byte once read."""
+    """Sketching against reading, and as a share of the bandwidth of copying."""
     x = torch.randn(size, device=device)
     y = torch.empty_like(x)
     for dtype in (torch.float32, torch.bfloat16):

@@ -43,13 +43,16 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--mode", choices=("forward", "train"), default="train")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
     parser.add_argument("--batch", type=int, help="samples; by default what the model's function says")
-    parser.add_argument("--size", type=int, help="pixels a side, or tokens of gpt; likewise")
+    parser.add_argument("--size", type=int, help="pixels a side, or tokens of gpt; likewise (64 pixels with --quick)")
     parser.add_argument("--compile", action="store_true", help="measure against torch.compile(model)")
-    parser.add_argument("--every", default="1,10,100", help="for the arms that log: 1,10,100")
+    parser.add_argument("--every", help="for the arms that log; 1,10,100 by default, 1,10 with --quick")
     parser.add_argument("--arms", default="*", help="which arms, as globs with commas between: 'output,all*'")
     parser.add_argument("--seconds", type=float, help="how long to measure an arm; at least so many")
     options = parser.parse_args(words)
-    every, chosen = _every(options.every), _arms(options.arms, options.mode)
+    every = _every(options.every or ("1,10" if options.quick else "1,10,100"))
+    chosen = _arms(options.arms, options.mode)
+    if options.quick and options.size is None and options.model in ("resnet18", "resnet50"):
+        options.size = 64
     command.start(options)
     if options.compile:
         torch._dynamo.config.skip_nnmodule_hook_guards = False  # else a copy without hooks lends its code to one with
@@ -58,7 +61,7 @@ def main(words: Sequence[str] | None = None) -> None:
         work = prepare(options.model, options.mode, options.device, DTYPES[options.dtype], options.compile, settings)
         base = work.twin()
         base.step()
-        run = Run(base, options.seconds or (0.5 if options.quick else 4.0), 3 if options.quick else 5)
+        run = Run(base, options.seconds or (0.3 if options.quick else 4.0), 3 if options.quick else 5)
     except (RuntimeError, MemoryError) as error:
         if not command.out_of_memory(error):
             raise
@@ -136,7 +139,7 @@ def _ratio(arm: Arm, every: int, against: Arm, work: Work, run: Run) -> Ratio:
             return compare(measured.step, _compiled(base.step, work), seconds=run.seconds, least=2 * run.least)
         steps = run.steps(every)
         many, few = _repeated(measured, steps), _repeated(base, steps)
-        return compare(many, _compiled(few, work), seconds=run.seconds, least=run.least)
+        return compare(many, _compiled(few, work), seconds=run.seconds, least=3)  # runs of many steps each
 
 
 def _repeated(attached: Attached, steps: int) -> Callable[[], None]:

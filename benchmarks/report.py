@@ -171,7 +171,7 @@ def _heading(each: Kept) -> str:
 
 def _machine(each: Kept) -> str:
     machine = each["machine"]
-    name = f"{machine['gpu']} ({machine['clocks']})" if "gpu" in machine else machine["cpu"]
+    name = machine.get("gpu", machine["cpu"]) + (f" ({machine['clocks']})" if machine.get("clocks") else "")
     threads = f"{machine['threads']} of {machine['cores']} cores"
     return f"{name}, {threads}, torch {machine['torch']}, Python {machine['python']}"
 
@@ -213,7 +213,7 @@ def _peers(each: Kept) -> str:
             continue
         probe = _ratio(row["to_probe"]) if row["to_probe"] else ""
         lines.append([*start, _ratio(row["ratio"]), probe, f"{row['true']} of {row['all']}", _verdict(row, each)])
-    return _table(sorted(lines[:1]) + sorted(lines[1:], key=lambda line: (line[0], line[1]))) + "\n"
+    return _table(lines[:1] + sorted(lines[1:], key=lambda line: (line[0], line[1]))) + "\n"
 
 
 def _verdict(row: Kept, each: Kept) -> str:
@@ -321,10 +321,15 @@ def pictures(kept: list[Kept]) -> dict[str, str]:
             each
             for each in kept
             if each["command"] == "overhead" and each["settings"]["mode"] == mode and not each["settings"]["compile"]
+            if any(row["against"] == "bare" and "ratio" in row for row in each["rows"])
         ]
         if runs:
             found[f"overhead-{mode}.svg"] = _whiskers(runs)
-    sweeps = [each for each in kept if each["command"] == "scaling"]
+    sweeps = [
+        each
+        for each in kept
+        if each["command"] == "scaling" and any(row.get("nanoseconds", 0) > 0 for row in each["rows"])
+    ]
     if sweeps:
         found["scaling.svg"] = _lines(sweeps[0])
     return found

@@ -46,13 +46,12 @@ class Shared(nn.Module):
 
 
 class Wide(nn.Module):
-    """One layer whose output has `size` elements."""
+    """One layer whose output has as many elements as its input."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(1))
         self.layer = nn.ReLU()
-        self.size = size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layer(x * self.scale)
@@ -96,7 +95,7 @@ def _shared(calls: int, device: str) -> Work:
 
 
 def _wide(size: int, device: str) -> Work:
-    return _training(Wide(size).to(device), torch.randn(size, device=device))
+    return _training(Wide().to(device), torch.randn(size, device=device))
 
 
 def _training(model: nn.Module, x: torch.Tensor) -> Work:
@@ -200,10 +199,10 @@ def long_run(found: Results, how: str, work: Work, steps: int) -> None:
     with _attached(how, work) as step:
         for _ in range(tenth):
             step()
-        early = _stretch(step, tenth)
+        early = _stretch(step, tenth, work.device)
         for _ in range(7 * tenth):
             step()
-        late = _stretch(step, tenth)
+        late = _stretch(step, tenth, work.device)
     row = {
         "sweep": "steps",
         "how": how,
@@ -219,7 +218,7 @@ def long_run(found: Results, how: str, work: Work, steps: int) -> None:
     found.add(text, **row)
 
 
-def _stretch(step: Callable[[], object], steps: int) -> dict[str, Any]:
+def _stretch(step: Callable[[], object], steps: int, device: str) -> dict[str, Any]:
     """The median time of a step, and what is held after the last one."""
     times = []
     for _ in range(steps):
@@ -227,12 +226,12 @@ def _stretch(step: Callable[[], object], steps: int) -> dict[str, Any]:
         step()
         times.append(time.perf_counter() - start)
     gc.collect()
-    return {"seconds": statistics.median(times), "objects": len(gc.get_objects()), "memory": _memory()}
+    return {"seconds": statistics.median(times), "objects": len(gc.get_objects()), "memory": _memory(device)}
 
 
-def _memory() -> int:
+def _memory(device: str) -> int:
     """Bytes that the device's allocator has handed out; on the CPU those that are resident in the process."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if device == "cuda":
         return torch.cuda.memory_allocated()
     try:
         with open("/proc/self/status") as file:

@@ -420,7 +420,6 @@ def test_the_report_of_a_run(rows: dict[tuple[str, int | None], Row], tmp_path: 
     (tmp_path / "kept.json").write_text(json.dumps(found.kept))
     written = report.written(report.load(tmp_path), tmp_path)
     readme, text = written[tmp_path / "README.md"], written[tmp_path / "benchmarks" / "RESULTS.md"]
-    print(readme)
     assert "| training: `Probe(model)`, all four kinds | 2.00 (1.50–12) |" in readme
     assert "| training: torch's full backward hooks alone | raises |" in readme
     assert readme.startswith("above\n")
@@ -429,6 +428,19 @@ def test_the_report_of_a_run(rows: dict[tuple[str, int | None], Row], tmp_path: 
     assert all(f"| {arm}{f', every {every}' if every else ''} |" in text for arm, every in rows)
     assert "RuntimeError: because" in text
     assert any(path.suffix == ".svg" for path in written)
+
+
+@pytest.mark.parametrize("rows", [[], [{"arm": "bare", "every": None, "against": "bare", "failed": "why"}]])
+def test_the_report_of_a_run_in_which_nothing_was_measured(rows: list[Row], tmp_path: Path) -> None:
+    """Interrupted at once, or all failed: no picture, and no error."""
+    machine = {"cpu": "a CPU", "gpu": "a GPU", "clocks": None, "threads": 1, "cores": 2, "torch": "2", "python": "3"}
+    settings = {"model": "m", "mode": "train", "device": "cuda", "dtype": "float32", "batch": 1, "compile": False}
+    each = {"line": "a line", "date": "a day", "machine": machine, "quick": False, "complete": False}
+    overhead = {**each, "command": "overhead", "settings": {**settings, "calls": 1}, "rows": rows}
+    (tmp_path / "README.md").write_text(f"{report.BEGIN}{report.END}")
+    written = report.written([overhead, {**each, "command": "scaling", "settings": {}, "rows": []}], tmp_path)
+    assert not any(path.suffix == ".svg" for path in written)
+    assert "a GPU, 1 of 2 cores" in written[tmp_path / "benchmarks" / "RESULTS.md"]
 
 
 def test_a_file_of_something_else_is_told(tmp_path: Path) -> None:
