@@ -502,14 +502,18 @@ class Probe:
         Raises:
             AttributeError: no checks are attached.
         """
-        found = [each for receiver in self._joint if (each := receiver.findings()) is not None]
-        if not found:
+        found = self._findings()
+        if found is None:
             raise AttributeError(
                 "there are no findings, as nothing is checked: from probe import health, then "
                 "Probe(model, observers=health.checks()) or p.log(board, *health.checks())"
             )
-        first = {(each.layer, each.check): each for part in reversed(found) for each in reversed(part)}
-        return Findings(first.values(), max(part.steps for part in found))
+        return found
+
+    def _findings(self) -> Findings | None:
+        parts = [each for receiver in self._joint if (each := receiver.findings()) is not None]
+        first = {(each.layer, each.check): each for part in reversed(parts) for each in reversed(part)}
+        return Findings(first.values(), max(part.steps for part in parts)) if parts else None
 
     @property
     def schedule(self) -> schedule.Trace:
@@ -556,11 +560,15 @@ class Probe:
     # -- showing -------------------------------------------------------------------------------------------------------
 
     def summary(self) -> LayerTable:
-        """A table with one row a layer: type, output shape and dtype, statistics, gradient norm, calls."""
+        """A table with one row a layer: type, output shape and dtype, statistics, gradient norm, calls.
+
+        Layers that one should look at are marked, with what the health checks found where there are any.
+        """
         taps = self._session.taps
         from probe.table import layer_table
 
-        return layer_table((layer, self._store.calls(layer), taps[layer].fired) for layer in self._layers)
+        found = self._findings() or ()
+        return layer_table(((layer, self._store.calls(layer), taps[layer].fired) for layer in self._layers), found)
 
     def __str__(self) -> str:
         return str(self.summary() if self._layers else self.schedule)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
-from probe import cam
+from probe import cam, health
 from probe.capture import Capture, Image, Shown, Summary
 from probe.core import Probe
+from probe.findings import Findings
 from probe.run import positive
 from probe.summary import feature_maps, histogram, input_images, kernels, stats
 
@@ -68,8 +69,9 @@ def run(args: argparse.Namespace) -> int:
     # A second demo in the same folder hides the first one. Epochs of a fraction of a second may wait to be written.
     with Board(args.logdir, purge_step=0, max_jobs=100) as board:
         with tqdm(total=args.epochs * steps, unit="step") as bar:
-            accuracy = train(model, data, held_out, board, args.epochs, bar)
+            accuracy, findings = train(model, data, held_out, board, args.epochs, bar)
         look(model, data, held_out, board)
+    print(f"\nHealth of the training: {findings}")
     seconds = time.perf_counter() - started
     print(f"\n{accuracy:.1%} of {len(held_out[1])} held-out digits are read right, after {seconds:.0f} s.")
     print(f"See the run in TensorBoard:  python -m probe open {shlex.quote(args.logdir)}")
@@ -105,8 +107,10 @@ def network() -> nn.Sequential:
     return nn.Sequential(OrderedDict(layers))
 
 
-def train(model: nn.Sequential, data: Split, held_out: Split, board: Board, epochs: int, bar: Any) -> float:
-    """Train under a probe, into the board; the accuracy on the held-out digits."""
+def train(
+    model: nn.Sequential, data: Split, held_out: Split, board: Board, epochs: int, bar: Any
+) -> tuple[float, Findings]:
+    """Train under a probe, into the board; the accuracy on the held-out digits, and what the health checks found."""
     steps, accuracy = math.ceil(len(data[1]) / BATCH), 0.0
     optimizer = torch.optim.Adam(model.parameters())
     scheduler = OneCycleLR(optimizer, max_lr=0.01, epochs=epochs, steps_per_epoch=steps)
@@ -117,6 +121,7 @@ def train(model: nn.Sequential, data: Split, held_out: Split, board: Board, epoc
         p.log(board, stats, histogram, every=steps)
         p.log(board, *pictures, layers="conv1", every=steps)
         p.log(board, heat, layers="relu2", every=steps)
+        p.log(board, *health.checks(), every=max(1, steps // 4))
         for _ in range(epochs):
             loss, hits = fit(model, scheduler, data, bar)
             with p.tag("valid"):
@@ -124,12 +129,12 @@ def train(model: nn.Sequential, data: Split, held_out: Split, board: Board, epoc
             board.curves("loss", train=loss, valid=valid_loss, step=p.steps)
             board.curves("accuracy", train=hits, valid=accuracy, step=p.steps)
             bar.set_postfix(loss=f"{loss:.3f}", valid=f"{accuracy:.1%}")
-    return accuracy
+    return accuracy, p.findings
 
 
 def look(model: nn.Sequential, data: Split, held_out: Split, board: Board) -> None:
     """Print what one batch does in every layer; show the scores of the held-out digits in the projector."""
-    with Probe(model) as p:
+    with Probe(model, observers=health.checks(), keep=1) as p:
         nn.functional.cross_entropy(model(data[0][:BATCH]), data[1][:BATCH]).backward()
     print(p)
     print("\nOverwritten in place after the layer returned it; a plain hook that keeps the tensor has these wrong:")

@@ -12,6 +12,7 @@ import torch
 from probe import sketch
 from probe.calls import UNSET, Call
 from probe.capture import Capture, Kind, Layer
+from probe.findings import Finding
 from probe.sketch import Sketch
 from probe.summary import drawn as drawn_of
 from probe.tree import leaves
@@ -62,13 +63,15 @@ _HEADER = ("layer", "type", "output", "dtype", "mean", "std", "zeros", "NaN/Inf"
 _NUMBERS = range(4, 10)
 
 
-def layer_table(layers: Iterable[tuple[Layer, list[Call], bool]]) -> LayerTable:
+def layer_table(layers: Iterable[tuple[Layer, list[Call], bool]], findings: Iterable[Finding] = ()) -> LayerTable:
     """The table of layers, each with its calls of the last pass, and whether it was ever called.
 
-    Reading the numbers waits for the device.
+    A layer with a finding is marked with the worst one. Reading the numbers waits for the device.
     """
+    found = {each.layer: f"! {each.check}" for each in reversed(list(findings))}
     rows = [(_row(layer, calls), fired) for layer, calls, fired in layers]
-    return LayerTable(row._replace(mark="(not kept)") if fired and not row.calls else row for row, fired in rows)
+    kept = (row._replace(mark="(not kept)") if fired and not row.calls else row for row, fired in rows)
+    return LayerTable(row._replace(mark=found.get(row.name, row.mark)) for row in kept)
 
 
 def _row(layer: Layer, calls: list[Call]) -> LayerRow:

@@ -1,51 +1,119 @@
-"""Health checks: each on a training that has the fault, on a sound one, and on the way to the board."""
+"""Health checks: what each one sees, what it must not take for a fault, and the way to the report and the board.
+
+That each names a planted fault with its layer is in tests/test_health_corpus.py.
+"""
 
 from __future__ import annotations
 
+import copy
+import gc
+import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from probe import Probe, health
-
-
-def mlp(depth: int = 3, act: type[nn.Module] = nn.ReLU, width: int = 16) -> nn.Sequential:
-    """``[B, 8]`` to three classes; layers ``"0"``, ``"2"``, ... are linear, the ones between them activations."""
-    layers: list[nn.Module] = [nn.Linear(8, width), act()]
-    for _ in range(depth - 2):
-        layers += [nn.Linear(width, width), act()]
-    return nn.Sequential(*layers, nn.Linear(width, 3))
+from probe import Board, Kind, Probe, health, histogram
+from probe.findings import Finding, Findings, Severity
+from probe.health.records import Fetch
+from tests import reading, zoo
 
 
-def batch(size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+def mlp(*between: nn.Module, act: type[nn.Module] = nn.ReLU, width: int = 16) -> nn.Sequential:
+    """``[B, 8]`` to three classes; layer ``"0"`` is linear, then an activation, what is given, and the last layer."""
+    return nn.Sequential(nn.Linear(8, width), act(), *between, nn.Linear(width, 3))
+
+
+def batch(size: int = 32) -> tuple[Tensor, Tensor]:
     return torch.randn(size, 8), torch.randint(0, 3, (size,))
 
 
-def train(model: nn.Module, optimizer: Any, steps: int = 10, observers: Any = None, **options: Any) -> health.Findings:
-    """The findings of a short training on random data."""
-    checks = health.checks() if observers is None else observers
-    with Probe(model, optimizer=optimizer, observers=checks, **options) as p:
-        for _ in range(steps):
-            x, y = batch()
+def train(
+    model: nn.Module,
+    *checks: health.Check,
+    optimizer: Any = None,
+    steps: int = 8,
+    size: int = 32,
+    loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy,
+    before: Callable[[int], Any] = lambda step: None,
+    after: Callable[[int], Any] = lambda step: None,
+    **options: Any,
+) -> Findings:
+    """The findings of a short training on random data, by the checks given or by all."""
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), 0.1)
+    with Probe(model, optimizer=optimizer, observers=list(checks) or health.checks(), **options) as p:
+        for step in range(steps):
+            before(step)
+            x, y = batch(size)
             optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()
+            loss(model(x), y).backward()
             optimizer.step()
+            after(step)
     return p.findings
 
 
-def names(found: health.Findings) -> list[tuple[str, str]]:
+def names(found: Findings) -> list[tuple[str, str]]:
     return [(each.check, each.layer) for each in found]
+
+
+class Apply(nn.Module):
+    """A module of a function."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
 
 
 def test_silence_when_all_is_well() -> None:
     """A sound training has no finding, and the report says so."""
-    model = mlp()
-    found = train(model, torch.optim.SGD(model.parameters(), 0.1))
+    found = train(mlp())
     assert found == []
-    assert str(found) == "nothing found (10 steps examined)"
+    assert str(found) == "nothing found (8 steps examined)"
+
+
+def test_the_report_has_the_worst_first() -> None:
+    """Errors before warnings, then what came first, then what is further beyond its threshold."""
+
+    def finding(layer: str, severity: Severity, step: int = 0, measured: float = 2.0) -> Finding:
+        return Finding(layer, "check", "what", measured, 1.0, "meaning", "advice", "source", step, severity)
+
+    found = Findings(
+        [
+            finding("warning", Severity.WARNING),
+            finding("later", Severity.ERROR, 5),
+            finding("sooner", Severity.ERROR, 1),
+            finding("further", Severity.ERROR, 1, 9.0),
+            finding("notice", Severity.NOTICE),
+        ]
+    )
+    assert [each.layer for each in found] == ["further", "sooner", "later", "warning", "notice"]
+    text = str(found)
+    assert text.startswith("5 findings, the worst first")
+    for part in ("error: further: check (step 1)", "what: 9 (threshold 1)", "meaning: ", "try: advice", "rule: source"):
+        assert part in text
+    assert "<pre>" in found._repr_html_()
+
+
+def test_excess_is_a_ratio_either_way() -> None:
+    """Too small counts like too large; beyond zero is beyond measure."""
+
+    def excess(measured: float, threshold: float) -> float:
+        return Finding("", "", "", measured, threshold, "", "", "").excess
+
+    assert excess(2.0, 1.0) == excess(1.0, 2.0) == 2.0
+    assert excess(0.0, 0.0) == 1.0
+    assert excess(1.0, 0.0) == excess(math.nan, 1.0) == math.inf
 
 
 def test_findings_without_checks_are_refused() -> None:
@@ -54,28 +122,628 @@ def test_findings_without_checks_are_refused() -> None:
         _ = Probe(mlp()).findings
 
 
-@pytest.mark.parametrize("layer", ["0", "2", "4"])
-def test_nan_is_named_where_it_began(layer: str) -> None:
-    """Not where it is passed on."""
+def test_thresholds_are_arguments() -> None:
+    """A check alone, or all of them with another threshold."""
+    model = mlp()
+    assert names(train(model, health.dead_units(share=0.0, samples=1, window=1))) == []
+    with torch.no_grad():
+        model[0].bias[:4] = -100
+    assert names(train(model)) == []
+    assert names(train(model, *health.checks(dead=0.2))) == [("dead units", "1")]
+    with pytest.raises(TypeError, match="deadly"):
+        health.checks(deadly=1)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="at least 1"):
+        health.dead_units(window=0)
+
+
+def test_checks_may_serve_several_probes() -> None:
+    """They hold no state."""
+    checks = health.checks()
     model = mlp()
     with torch.no_grad():
-        model.get_submodule(layer).weight[0, 0] = torch.nan
-    found = train(model, torch.optim.SGD(model.parameters(), 0.1))
-    assert names(found) == [("NaN or Inf", layer)]
+        model[0].weight[0, 0] = torch.nan
+    assert names(train(model, *checks)) == [("NaN or Inf", "0")]
+    assert names(train(mlp(), *checks)) == []
 
 
-def test_check_leaves_the_model_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
-    """Parameters, gradients, optimizer state and random numbers."""
+def test_a_check_of_ones_own() -> None:
+    """A function of the last steps."""
+    rule = health.Rule("wide", "it is wide", "make it narrow", "taste")
+
+    def judge(seen: Any) -> Any:
+        for pass_ in seen[-1].trained():
+            for call in pass_.calls:
+                width = next(iter(call.outputs.values())).shape[-1]
+                if call.layer and width > 10:
+                    yield rule.broken(seen[-1], call.layer, "width", width, 10)
+
+    found = train(mlp(), health.Check("wide", judge, (Kind.OUTPUT,)))
+    assert names(found) == [("wide", "0"), ("wide", "1")]
+    assert found[0].measured == 16
+
+
+# -- nothing is changed, nothing is waited for -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [zoo.ConvNet, zoo.Attention, zoo.Recurrent], ids=lambda make: make.__name__)
+def test_training_is_bit_identical_under_checks(make: Any) -> None:
+    """Parameters after some steps, and random numbers."""
+    x = {"ConvNet": torch.randn(4, 3, 8, 8), "Attention": torch.randn(3, 5, 8), "Recurrent": torch.randn(2, 4, 3)}
+    torch.manual_seed(1)
+    models = [make() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, observers in zip(models, ([], health.checks()), strict=True):
+        torch.manual_seed(2)
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+        with Probe(model, optimizer=optimizer, observers=observers):
+            for _ in range(4):
+                optimizer.zero_grad()
+                zoo.loss(model(x[make.__name__])).backward()
+                optimizer.step()
+    for (name, a), (_, b) in zip(models[0].state_dict().items(), models[1].state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_steps_numbers_are_read_when_the_next_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One deferred wait a step; none in a hook."""
+    read: list[int] = []
+    result = Fetch.result
+
+    def remember(self: Fetch) -> health.Step:
+        step = result(self)
+        read.append(step.number)
+        return step
+
+    monkeypatch.setattr(Fetch, "result", remember)
+    seen: list[list[int]] = []
+    train(mlp(), steps=4, before=lambda step: seen.append(list(read)))
+    assert seen == [[], [], [0], [0, 1]]
+    assert read == [0, 1, 2, 3]
+
+
+def test_what_is_held_is_bounded() -> None:
+    """However long the training: the records of a window."""
     model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Probe(model, optimizer=optimizer, observers=health.checks()) as p:
+        counts = []
+        for step in range(40):
+            F.cross_entropy(model(batch()[0]), batch()[1]).backward()
+            optimizer.step()
+            if step in (20, 39):
+                gc.collect()
+                counts.append(sum(type(each) is health.Step for each in gc.get_objects()))
+    assert counts[0] == counts[1] <= 15
+    assert not p.findings or p.findings.steps == 40
+
+
+def test_many_calls_and_passes_are_bounded_too() -> None:
+    """A cell in a long loop, and more micro-batches than are measured: NaN is still told apart."""
+    model = zoo.Recurrent()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    with Probe(model, optimizer=optimizer, observers=health.checks()) as p:
+        for _ in range(2):
+            for _ in range(12):
+                model(torch.randn(2, 40, 3)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert names(p.findings) == []
+    with torch.no_grad():
+        model.cell.bias_ih[0] = torch.nan
+    with Probe(model, optimizer=optimizer, observers=health.checks()) as p:
+        model(torch.randn(2, 40, 3)).sum().backward()
+    assert names(p.findings) == [("NaN or Inf", "cell")]
+
+
+# -- health.check ------------------------------------------------------------------------------------------------------
+
+
+def test_check_leaves_everything_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+    """Parameters, gradients, buffers, modes, optimizer state and random numbers."""
+    model = zoo.ConvNet()
     optimizer = torch.optim.Adam(model.parameters())
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    rng = torch.get_rng_state()
-    health.check(model, F.cross_entropy, *batch(), optimizer=optimizer)
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert all(p.grad is None for p in model.parameters())
+    x, y = torch.randn(8, 3, 8, 8), torch.randint(0, 5, (8,))
+    before = zoo.fingerprint(model)
+    found = health.check(model, F.cross_entropy, x, y, optimizer=optimizer)
+    assert zoo.fingerprint(model) == before
     assert not optimizer.state
-    x, _ = batch()
-    torch.set_rng_state(rng)
-    batch()
-    assert torch.equal(x, batch()[0])
-    assert "nothing found" in capsys.readouterr().out
+    assert "nothing found (10 steps examined)" in capsys.readouterr().out
+    assert found == []
+
+
+def test_check_takes_batches_in_every_form() -> None:
+    """Input and target, several inputs, a mapping of keywords, and no target at all."""
+    silent = {"report": None, "steps": 2}
+    assert health.check(nn.Bilinear(3, 3, 2), F.mse_loss, *torch.randn(2, 4, 3), torch.randn(4, 2), **silent) == []
+    hf = zoo.HFModel()
+    ids = {"input_ids": torch.randint(0, 11, (4, 6))}
+    optimizer = torch.optim.SGD(hf.parameters(), 0.01)
+    assert health.check(hf, lambda out: out.logits.square().mean(), ids, optimizer=optimizer, **silent) == []
+    assert health.check(mlp(), lambda out: out.square().mean(), batch()[0], **silent) == []
+    with pytest.raises(TypeError, match="a batch"):
+        health.check(mlp(), F.cross_entropy)
+
+
+def test_check_reports_what_is_wrong() -> None:
+    """To whom one wants."""
+    model = mlp()
+    with torch.no_grad():
+        model[0].bias.fill_(-100)
+    said: list[str] = []
+    found = health.check(model, F.cross_entropy, *batch(), report=said.append)
+    assert names(found) == [("dead units", "1")]
+    assert said == [str(found)]
+
+
+# -- the board, and the table ------------------------------------------------------------------------------------------
+
+
+def test_log_writes_findings_and_marks_steps(tmp_path: Path) -> None:
+    """As text at the step where each was found first, and how many there are at every observed step."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Board(tmp_path) as board, Probe(model, optimizer=optimizer) as p:
+        p.log(board, histogram, *health.checks(), every=2)
+        for step in range(8):
+            if step == 4:
+                with torch.no_grad():
+                    model[2].weight[0, 0] = torch.nan
+            optimizer.zero_grad()
+            F.cross_entropy(model(batch()[0]), batch()[1]).backward()
+            optimizer.step()
+    assert names(p.findings) == [("NaN or Inf", "2")]
+    assert p.findings.steps == 4
+    assert reading.scalars(tmp_path, "health/findings") == [(0, 0), (2, 0), (4, 1), (6, 0)]
+    assert reading.steps(tmp_path, "health/2/NaN or Inf/text_summary") == [4]
+    assert reading.steps(tmp_path, "0/output/histogram") == [0, 2, 4]  # at 6 no value is finite
+
+
+def test_the_table_marks_layers_with_findings() -> None:
+    """``print(p)`` shows what is wrong where."""
+    model = mlp()
+    with torch.no_grad():
+        model[0].bias.fill_(-100)
+    with Probe(model, observers=health.checks(), keep=1) as p:
+        for _ in range(6):
+            F.cross_entropy(model(batch()[0]), batch()[1]).backward()
+            p.step()
+    marks = {row.name: row.mark for row in p.summary()}
+    assert marks["1"] == "! dead units"
+
+
+def test_findings_stay_when_the_log_is_removed() -> None:
+    """And several logs' are merged."""
+    model = mlp()
+    with torch.no_grad():
+        model[0].weight[0, 0] = torch.nan
+
+    class Writer:
+        def add_scalar(self, *args: Any) -> None: ...
+        def add_text(self, *args: Any) -> None: ...
+
+    with Probe(model) as p:
+        handle = p.log(Writer(), *health.checks())
+        p.log(Writer(), *health.checks())
+        model(batch()[0])
+        handle.remove()
+    assert names(p.findings) == [("NaN or Inf", "0")]
+
+
+# -- NaN and Inf -------------------------------------------------------------------------------------------------------
+
+
+def test_nan_comes_with_the_statistics_before_it() -> None:
+    """And with who passes it on."""
+    model = mlp(Apply(lambda x: x))
+
+    def grow(step: int) -> None:
+        with torch.no_grad():
+            model[0].weight.mul_(10.0**step)
+
+    (found,) = train(model, health.nonfinite_values(history=3), before=grow, steps=12)
+    assert found.layer in ("0", "3")
+    assert sum(line.startswith("step ") for line in found.details) == 3
+
+
+def test_nan_of_an_operation_between_layers() -> None:
+    """The layer that meets it first is named, and that it was in its input."""
+
+    class Between(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.log(self.first(x)))
+
+    (found,) = train(Between())
+    assert (found.check, found.layer) == ("NaN or Inf", "second")
+    assert "input already" in found.meaning
+
+
+def test_minus_infinity_as_a_mask_is_no_finding() -> None:
+    """In what goes in, and in what comes out, as long as nothing else comes of it."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.score, self.mask, self.softmax = nn.Linear(8, 3), Apply(self.hide), nn.Softmax(-1)
+
+        def hide(self, x: Tensor) -> Tensor:
+            return x.masked_fill(torch.tensor([True, False, False]), -math.inf)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.softmax(self.mask(self.score(x)))
+
+    assert train(Masked(), loss=lambda out, y: (out[:, 1] - 0.3).square().mean()) == []
+
+
+@pytest.mark.parametrize("planted", ["1", "3"])
+def test_nan_in_backward_is_named_where_it_began(planted: str) -> None:
+    """A derivative at zero that is not finite, after a sound forward."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    model[int(planted)] = Apply(lambda x: F.relu(x) + (x - x.detach()).square().sqrt())
+    (found,) = train(model)
+    assert (found.check, found.layer) == ("NaN or Inf in gradients", planted)
+
+
+def test_nan_in_backward_of_the_first_layer() -> None:
+    """It hands nothing back; its parameters tell."""
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.weight.square().sum().sqrt()
+
+    (found,) = train(nn.Sequential(Root(), nn.Linear(8, 3)))
+    assert (found.check, found.layer) == ("NaN or Inf in gradients", "0")
+
+
+def test_a_scaler_that_overflows_is_no_finding() -> None:
+    """It skips the update and halves the scale; that is how it finds the largest one."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    with Probe(model, optimizer=optimizer, scaler=scaler, observers=health.checks()) as p:
+        for _ in range(12):
+            x, y = batch()
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.float16):
+                out = model(x)
+            scaler.scale(F.cross_entropy(out.float(), y)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert scaler.get_scale() < 2.0**24
+    assert p.steps > 4
+    assert names(p.findings) == []
+
+
+# -- layers ------------------------------------------------------------------------------------------------------------
+
+
+def test_dead_units_are_told_once_and_not_of_those_that_pass_them_on() -> None:
+    """Pooling, flattening and dropout after a dead ReLU are not to blame."""
+    model = nn.Sequential(
+        nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 8, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(), nn.Flatten(),
+        nn.Linear(8, 3),
+    )  # fmt: skip
+    with torch.no_grad():
+        model[1].bias[:6] = -100
+    (found,) = train(model, health.dead_units())
+    assert (found.layer, found.measured) == ("2", 0.75)
+    assert found.details == ("fed by '1'",)
+
+
+def test_few_samples_prove_no_unit_dead() -> None:
+    """A unit that fires once in ten samples is not dead because two samples did not fire it."""
+    model = mlp(act=lambda: nn.Threshold(1.0, 0.0))  # type: ignore[arg-type]
+    assert train(model, health.dead_units(share=0.1), size=2) == []
+
+
+def test_constant_input_makes_no_layer_constant() -> None:
+    """The layer that throws the difference away is to blame, not those before or after it."""
+    model = mlp(nn.Linear(16, 16), Apply(lambda x: x.mean(0, keepdim=True) + 0 * x), nn.Linear(16, 16))
+    (found,) = train(model, health.constant_outputs())
+    assert found.layer == "3"
+    x = torch.ones(4, 8)
+    with Probe(mlp(), observers=health.constant_outputs()) as p:
+        for _ in range(4):
+            mlp()(x)
+            p.step()
+    assert p.findings == []
+
+
+def test_a_sure_classifier_is_not_saturated() -> None:
+    """The last layer is left out; a hidden one is not."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1), nn.Sigmoid())
+    with torch.no_grad():
+        model[2].weight.mul_(1000)
+    loss = lambda out, y: (out[:, 0] - y.clamp_max(1)).square().mean()  # noqa: E731
+    assert train(model, health.saturation(), loss=loss) == []
+    with torch.no_grad():
+        model[0].weight.mul_(1000)
+    assert names(train(model, health.saturation(), loss=loss)) == [("saturated", "1")]
+
+
+@pytest.mark.parametrize("how", ["softmax", "dropout", "multihead", "qkv"])
+def test_attention_is_seen_in_every_form(how: str) -> None:
+    """Weights that pass a softmax or a dropout module, or are computed once more."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_heads = 2
+            self.qkv = nn.Linear(8, 24)
+            self.softmax = nn.Softmax(-1) if how == "softmax" else None
+            self.drop = nn.Dropout(0.0) if how == "dropout" else None
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (each.unflatten(-1, (2, 4)).transpose(1, 2) for each in self.qkv(x).chunk(3, -1))
+            scores = q @ k.transpose(-1, -2) / 2
+            weights = scores.softmax(-1) if self.softmax is None else self.softmax(scores)
+            weights = weights if self.drop is None else self.drop(weights)
+            return (weights @ v).transpose(1, 2).flatten(2)
+
+    model = nn.Sequential(nn.Linear(8, 8), zoo.Attention() if how == "multihead" else Attention(), nn.Linear(8, 3))
+    weight = model[1].attn.in_proj_weight if how == "multihead" else model[1].qkv.weight
+    run = lambda: names(  # noqa: E731
+        train(
+            nn.Sequential(Apply(lambda x: x[:, None] * torch.linspace(-1, 1, 6)[:, None]), model, Apply(last)),
+            health.attention_entropy(),
+        )
+    )
+    assert run() == []
+    with torch.no_grad():
+        weight[:16].mul_(1000)
+    found = run()
+    where = {"softmax": "1.1.softmax", "dropout": "1.1.drop", "multihead": "1.1.attn", "qkv": "1.1.qkv"}[how]
+    assert ("attention collapsed", where) in found
+
+
+def last(x: Tensor) -> Tensor:
+    return x[:, -1]
+
+
+def test_small_gradients_in_bfloat16_do_not_underflow() -> None:
+    """Its range is float32's."""
+    for dtype, expected in ((torch.bfloat16, []), (torch.float16, ["float16 underflow"])):
+        model = mlp()
+
+        def loss(out: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(out.float(), y) * 1e-5
+
+        with torch.autocast("cpu", dtype):
+            found = train(model, health.half_precision(), loss=loss)
+        assert [each.check for each in found] == expected
+
+
+def test_a_hook_that_copies_is_no_finding() -> None:
+    """Nor is one whose tensor nobody writes to, nor one that keeps nothing."""
+    kept: dict[str, Tensor] = {}
+    keeps = {
+        "clone": lambda m, a, o: kept.__setitem__("x", o.detach().clone()),
+        "nothing": lambda m, a, o: None,
+        "detach": lambda m, a, o: kept.__setitem__("x", o.detach()),
+    }
+    for how, hook in keeps.items():
+        for inplace in (False, True):
+            kept.clear()
+            model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(inplace=inplace), nn.Linear(16, 3))
+            model[0].register_forward_hook(hook)
+            expected = [("overwritten capture", "0")] if how == "detach" and inplace else []
+            assert names(train(model, health.overwritten_captures())) == expected, (how, inplace)
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_branch_without_gradient_beside_a_shortcut_is_no_finding() -> None:
+    """What matters is whether the first layers are reached."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.branch, self.second = nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1e-7 * self.second(self.branch(self.first(x)))
+
+    assert train(mlp(Residual(), Residual()), health.gradient_flow()) == []
+
+
+def test_gradients_that_fade_layer_by_layer_name_the_first() -> None:
+    """One layer that does it all is named itself; see the corpus."""
+    layers = [each for _ in range(10) for each in (nn.Linear(16, 16), nn.Sigmoid())]
+    (found,) = train(mlp(*layers, act=nn.Sigmoid), health.gradient_flow())
+    assert (found.check, found.layer) == ("gradients vanishing", "0")
+    assert "each layer multiplies" in found.details[0]
+
+
+def test_a_zero_initialised_branch_has_time_to_begin() -> None:
+    """Its first gradient is exactly zero; it is no finding unless it stays so."""
+
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.gain = nn.Linear(16, 16), nn.Parameter(torch.zeros(16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.gain * self.inner(x)
+
+    assert train(mlp(Branch())) == []
+    model = mlp(Branch())
+    model[2].gain.requires_grad_(False)
+    assert names(train(model)) == [("no gradient", "2.inner")]
+
+
+def test_frozen_layers_are_meant_to_have_no_gradient() -> None:
+    """They need none."""
+    model = mlp()
+    model[0].requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert train(model, optimizer=torch.optim.SGD(trained, 0.1)) == []
+
+
+def test_rows_that_differ_are_no_symmetry() -> None:
+    """Equal gradients alone, as a sum of the outputs gives, are none: the weights differ."""
+    model = nn.Sequential(nn.Linear(8, 4))
+    assert train(model, health.symmetric_weights(), loss=lambda out, y: out.sum(1).square().mean()) == []
+    nn.init.ones_(model[0].weight)
+    nn.init.zeros_(model[0].bias)
+    found = train(model, health.symmetric_weights(), loss=lambda out, y: out.sum(1).square().mean())
+    assert names(found) == [("symmetry", "0")]
+
+
+# -- parameters and optimizers -----------------------------------------------------------------------------------------
+
+
+def test_warm_up_and_decay_are_no_findings() -> None:
+    """Rates that begin at zero, or end near it."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for rate in (lambda n: n / 20, lambda n: 0.5**n):
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        found = train(model, optimizer=optimizer, after=lambda step, schedule=schedule: schedule.step(), steps=24)
+        assert found == []
+
+
+def test_weights_that_start_at_zero_may_grow() -> None:
+    """Their first updates are large beside them."""
+    model = mlp()
+    nn.init.zeros_(model[2].weight)
+    assert train(model, health.update_sizes(), optimizer=torch.optim.Adam(model.parameters(), 0.05)) == []
+
+
+def test_what_another_optimizer_updates_is_no_finding() -> None:
+    """Though the probe does not know that one."""
+    model = mlp()
+    mine, other = torch.optim.SGD(model[0].parameters(), 0.1), torch.optim.SGD(model[2].parameters(), 0.1)
+    assert train(model, optimizer=mine, after=lambda step: other.step()) == []
+    assert names(train(model, optimizer=mine)) == [("in no optimizer", "2")]
+
+
+def test_groups_go_by_their_names() -> None:
+    """The optimizer's own where it has them; several optimizers are told apart."""
+    model = mlp()
+    optimizer = torch.optim.SGD([{"params": list(model.parameters()), "name": "all", "lr": 0.0}])
+    assert names(train(model, optimizer=optimizer)) == [("learning rate is zero", "all")]
+    halves = [torch.optim.SGD(model[0].parameters(), 0.1), torch.optim.SGD(model[2].parameters(), 0.0)]
+    with Probe(model, optimizer=halves, observers=health.checks()) as p:
+        for _ in range(4):
+            F.cross_entropy(model(batch()[0]), batch()[1]).backward()
+            for each in halves[::-1]:
+                each.step()
+    assert names(p.findings) == [("learning rate is zero", "optimizer1/group0")]
+
+
+# -- modes -------------------------------------------------------------------------------------------------------------
+
+
+def test_one_pass_without_gradient_between_steps_is_no_evaluation() -> None:
+    """A GAN makes its samples so; two in a row, or one under a tag, are one."""
+    model = mlp(nn.BatchNorm1d(16))
+
+    def passes(count: int) -> Findings:
+        @torch.no_grad()
+        def look(step: int) -> None:
+            for _ in range(count):
+                model(batch()[0])
+
+        return train(model, after=look)
+
+    assert passes(1) == []
+    assert names(passes(2)) == [("train mode in evaluation", "")]
+    with Probe(model, observers=health.checks()) as p, p.tag("valid"), torch.no_grad():
+        model(batch()[0])
+    assert names(p.findings) == [("train mode in evaluation", "")]
+
+
+def test_frozen_batch_norm_in_eval_mode_is_meant() -> None:
+    """As in fine-tuning with small batches, where its statistics fit."""
+    model = mlp(nn.BatchNorm1d(16))
+    train(model, steps=40)
+    model[2].eval().requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert train(model, optimizer=torch.optim.SGD(trained, 0.01)) == []
+
+
+def test_dropout_of_nothing_may_sleep() -> None:
+    """With p=0 eval mode makes no difference."""
+    model = mlp(nn.Dropout(0.0))
+    model[2].eval()
+    assert train(model) == []
+
+
+# -- losses ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_what_backward_was_called_on() -> None:
+    """Whatever it is called, and the mean over micro-batches."""
+    seen: list[float | None] = []
+
+    def judge(steps: Any) -> Any:
+        seen.append(steps[-1].loss)
+        return ()
+
+    model, loss = mlp(), []
+    with Probe(model, observers=health.Check("loss", judge, (Kind.GRAD_OUTPUT,))) as p:
+        for _ in range(2):
+            for _ in range(3):
+                anything = model(batch()[0]).square().sum()
+                loss.append(anything.item())
+                torch.autograd.backward(anything)
+            p.step()
+    assert seen == pytest.approx([sum(loss[:3]) / 3, sum(loss[3:]) / 3])
+
+
+def test_noise_is_no_spike() -> None:
+    """A loss that varies by a few tens of percent, around any level."""
+    torch.manual_seed(3)
+    model = mlp()
+    noisy = lambda out, y: F.cross_entropy(out, y) * (0.7 + 0.6 * torch.rand(()))  # noqa: E731
+    assert train(model, health.loss_spikes(), loss=noisy, steps=60) == []
+
+
+# -- odd models --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", zoo.Structuring.HOW)
+def test_structured_outputs(how: str) -> None:
+    """Nothing is found in them, and nothing fails."""
+    model = zoo.Structured(how)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    with Probe(model, optimizer=optimizer, observers=health.checks()) as p:
+        for _ in range(5):
+            optimizer.zero_grad()
+            zoo.loss(model(torch.randn(6, 4))).backward()
+            optimizer.step()
+    assert names(p.findings) == []
+
+
+def test_checkpointing_inference_and_empty_batches() -> None:
+    """Recomputation is no new call; inference mode counts no versions; no sample, no statistics."""
+    model = mlp(nn.Linear(16, 16))
+    with Probe(model, observers=health.checks()) as p:
+        for reentrant in (False, True):
+            hidden = checkpoint(model[:3], batch()[0].requires_grad_(), use_reentrant=reentrant)
+            model[3](hidden).sum().backward()
+            p.step()
+        with torch.inference_mode():
+            model(batch()[0])
+        model(torch.zeros(0, 8)).sum().backward()
+    assert names(p.findings) == []
+
+
+def test_copies_of_the_model_are_not_observed() -> None:
+    """Nor does a copy hold what checks saw."""
+    model = mlp()
+    with Probe(model, observers=health.checks()) as p:
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            twin[0].weight[0, 0] = torch.nan
+        twin(batch()[0])
+        model(batch()[0])
+    assert p.findings == []

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from torch import nn
 
-from probe.capture import Kind, ParameterKind
-from probe.findings import Finding
-from probe.health.doctor import Check
-from probe.health.values import calls_of, every_step, shown
-from probe.health.vitals import CallRecord, PassRecord, Step
+from probe.capture import Kind
+from probe.findings import Finding, Severity
+from probe.health.records import CallRecord, Step
+from probe.health.rules import Check, Rule, calls_of, shown
 
 _FORWARD = Kind.INPUT | Kind.OUTPUT
-_SOURCE = "torch.nn docs: Dropout and BatchNorm do one thing under train() and another under eval()"
+_MODES = "torch.nn docs: Dropout and BatchNorm do one thing under train() and another under eval()"
+TRAIN_MODE = Rule(
+    "train mode in evaluation",
+    "dropout still drops, and BatchNorm normalises by the batch and updates its statistics from held-out data",
+    "model.eval() before evaluation, model.train() after it",
+    _MODES,
+)
+EVAL_MODE = Rule(
+    "eval mode in training",
+    "dropout does nothing, and BatchNorm normalises by stored statistics, which stand still",
+    "model.train() before training; freeze the layer's parameters too if this is meant",
+    _MODES,
+)
 
 
 def _switches(call: CallRecord) -> bool:
@@ -22,83 +34,86 @@ def _switches(call: CallRecord) -> bool:
     return issubclass(call.type, nn.modules.batchnorm._BatchNorm) or call.facts.get("dropout", 0.0) > 0
 
 
-def evaluated_in_train_mode(*, passes: int = 2) -> Check:
+def evaluation_mode(*, passes: int = 2) -> Check:
     """Passes without a graph, as in evaluation, through dropout or BatchNorm in train mode.
 
     One such pass between two steps is no finding: that is how a GAN makes samples for its discriminator.
 
     Arguments:
         passes: so many in a row are an evaluation; one is enough under ``p.tag(...)`` or in eval mode.
+
+    Source: torch.nn's documentation of ``Dropout`` and ``BatchNorm``.
     """
 
     def judge(seen: Sequence[Step]) -> Iterator[Finding]:
         step = seen[-1]
         for pass_ in step.passes:
-            named = pass_.mode != "train"
-            if pass_.grad or not (named or step.blind_passes >= passes):
-                continue
             wrong = [call.layer for call in pass_.calls if call.training and _switches(call)]
-            if wrong:
-                yield Finding(
-                    "" if pass_.training else wrong[0],
-                    "train mode in evaluation",
-                    f"layers in train mode in a pass without gradients: {shown(wrong)}",
-                    len(wrong),
-                    0,
-                    "dropout still drops, and BatchNorm uses the batch's statistics and updates its own from the "
-                    "held-out data",
-                    "model.eval() before evaluation, model.train() after it",
-                    _SOURCE,
-                    step.number,
-                )
+            if wrong and not pass_.grad and (pass_.mode != "train" or step.blind_passes >= passes):
+                layer = "" if pass_.training else wrong[0]
+                what = f"layers in train mode in a pass without gradients: {shown(wrong)}"
+                yield TRAIN_MODE.broken(step, layer, what, len(wrong), 0)
                 return
 
-    return Check("train mode in evaluation", judge, _FORWARD)
+    return Check("train mode in evaluation", judge, (_FORWARD,))
 
 
-def trained_in_eval_mode(*, window: int = 2) -> Check:
+def training_mode(*, window: int = 2) -> Check:
     """Training steps in which dropout is off, or BatchNorm uses its stored statistics.
 
     BatchNorm layers whose own parameters are frozen are meant to be so.
 
     Arguments:
         window: steps in which it has to be so.
+
+    Source: torch.nn's documentation of ``Dropout`` and ``BatchNorm``.
     """
 
     def judge(seen: Sequence[Step]) -> Iterator[Finding]:
-        if not every_step(seen, window) or not all(each.stepped for each in seen):
-            return
-        wrong = [_asleep(step) for step in seen]
-        common = [layer for layer in wrong[-1] if all(layer in each for each in wrong)]
-        if not common:
-            return
-        whole = all(not pass_.training for pass_ in seen[-1].trained())
-        for layer in [""] if whole else common:
-            yield Finding(
-                layer,
-                "eval mode in training",
-                f"layers in eval mode in training steps: {shown(common)}",
-                len(common),
-                0,
-                "dropout does nothing, and BatchNorm normalises by stored statistics, which stand still",
-                "model.train() before training; freeze the layer's parameters too if this is meant",
-                _SOURCE,
-                seen[-1].number,
-            )
+        step = seen[-1]
+        wrong = [_asleep(each) if each.stepped else set() for each in seen]
+        layers = [call.layer for call in calls_of(step) if all(call.layer in each for each in wrong)]
+        if layers:
+            whole = all(not pass_.training for pass_ in step.trained())
+            for layer in [""] if whole else dict.fromkeys(layers):
+                what = f"layers in eval mode in training steps: {shown(layers)}"
+                yield EVAL_MODE.broken(step, layer, what, len(set(layers)), 0)
 
-    return Check("eval mode in training", judge, (_FORWARD | Kind.GRAD_OUTPUT, ParameterKind.VALUE), window)
+    return Check("eval mode in training", judge, (_FORWARD | Kind.GRAD_OUTPUT,), window)
 
 
-def _asleep(step: Step) -> list[str]:
+def _asleep(step: Step) -> set[str]:
+    """Layers that a gradient came back to and that are in eval mode, though it makes a difference."""
     trainable = {p.layer for p in step.parameters.values()}
-    return [
-        call.layer
-        for call in calls_of(step)
-        if not call.training
-        and _switches(call)
-        and call.grad_outputs
-        and (call.facts.get("dropout", 0.0) > 0 or call.layer in trainable)
-    ]
+    calls = [call for call in calls_of(step) if not call.training and _switches(call) and call.grad_outputs]
+    return {call.layer for call in calls if call.facts.get("dropout", 0.0) > 0 or call.layer in trainable}
+
+
+_NORM = "Ioffe & Szegedy 2015, arXiv:1502.03167; Wu & Johnson 2021, arXiv:2105.07576"
+SINGLE = Rule(
+    "BatchNorm with batch 1",
+    "each sample is normalised by itself alone, and the running statistics are of single samples",
+    "a larger batch, GroupNorm, LayerNorm, or SyncBatchNorm over several devices",
+    _NORM,
+)
+STANDING = Rule(
+    "BatchNorm statistics frozen",
+    "the running statistics never become those of the data, and evaluation will use them",
+    "momentum=0.1, torch's default",
+    _NORM,
+    Severity.ERROR,
+)
+ALIEN = replace(
+    STANDING,
+    meaning="the stored statistics are of other data: what comes out is not normalised",
+    advice="load the statistics with the weights, or let the layer see the data in train mode for a while first",
+)
+DIVERGING = replace(
+    STANDING,
+    check="BatchNorm statistics diverge",
+    meaning="what comes in grows faster than the running statistics can follow: evaluation will be wrong",
+    advice="lower the learning rate; weight decay on the layer before; a larger momentum",
+)
 
 
 def batch_norm(
@@ -115,71 +130,39 @@ def batch_norm(
 
     Source: Ioffe & Szegedy, "Batch Normalization" (2015); Wu & Johnson, "Rethinking 'Batch' in BatchNorm" (2021).
     """
-    source = "Ioffe & Szegedy 2015, arXiv:1502.03167; Wu & Johnson 2021, arXiv:2105.07576"
 
     def judge(seen: Sequence[Step]) -> Iterator[Finding]:
-        if not every_step(seen, window):
-            return
-        for call in _norms(seen[-1].trained()):
-            past = [
-                c for step in seen for c in _norms(step.trained()) if (c.layer, c.index) == (call.layer, call.index)
-            ]
-            fault = _fault(past, momentum, lag, shift, scale) if len(past) >= window else None
-            if fault is not None:
-                check, what, measured, limit, meaning, advice = fault
-                yield Finding(call.layer, check, what, measured, limit, meaning, advice, source, seen[-1].number)
+        step = seen[-1]
+        for call in _norms(step):
+            past = [c for each in seen for c in _norms(each) if (c.layer, c.index) == (call.layer, call.index)]
+            facts = [each.facts for each in past]
+            if len({step.number for step in seen}) > len(past):
+                continue
+            if all(each.training and each.facts["batch"] == 1 for each in past):
+                yield SINGLE.broken(step, call.layer, "samples in the batch", 1, 2)
+            elif "scale" not in call.facts:
+                continue
+            elif not call.training:
+                off = min(max(f["shift"] / shift, f["scale"] / scale, 1 / (f["scale"] * scale)) for f in facts)
+                if off > 1 and all(p.layer != call.layer for p in step.parameters.values()):  # else: `training_mode`
+                    what = "distance of the batch from the frozen statistics, in units of what is allowed"
+                    yield ALIEN.broken(step, call.layer, what, off, 1)
+            elif (call.facts["momentum"] if call.facts["momentum"] is not None else 1.0) < momentum:
+                what = "momentum of the running statistics"
+                yield STANDING.broken(step, call.layer, what, call.facts["momentum"], momentum)
+            elif _is_settled(call) and min(f["scale"] for f in facts) > lag:
+                what = "variance of the batch, as a ratio to the running one"
+                yield DIVERGING.broken(step, call.layer, what, min(f["scale"] for f in facts), lag)
 
-    return Check("BatchNorm", judge, _FORWARD, window)
+    return Check("BatchNorm", judge, (_FORWARD,), window)
 
 
-def _norms(passes: Iterator[PassRecord]) -> list[CallRecord]:
-    return [call for pass_ in passes for call in pass_.calls if "batch" in call.facts]
+def _norms(step: Step) -> list[CallRecord]:
+    return [call for call in calls_of(step) if "batch" in call.facts]
 
 
-def _fault(past: list[CallRecord], momentum: float, lag: float, shift: float, scale: float) -> tuple | None:  # type: ignore[type-arg]
-    facts = [call.facts for call in past]
-    last = facts[-1]
-    if all(call.training and call.facts["batch"] == 1 for call in past):
-        return (
-            "BatchNorm with batch 1",
-            "samples in the batch",
-            1,
-            2,
-            "each sample is normalised by itself alone, and the running statistics are of single samples",
-            "a larger batch, GroupNorm, LayerNorm, or SyncBatchNorm over several devices",
-        )
-    if "scale" not in last:
-        return None
-    own = last.get("momentum")
-    if past[-1].training and own is not None and own < momentum:
-        return (
-            "BatchNorm statistics frozen",
-            "momentum of the running statistics",
-            own,
-            momentum,
-            "what evaluation will use never becomes that of the data",
-            "momentum=0.1, torch's default",
-        )
-    if not past[-1].training:
-        off = min(max(f["shift"] / shift, f["scale"] / scale, 1 / (f["scale"] * scale)) for f in facts)
-        if off > 1:
-            return (
-                "BatchNorm statistics frozen",
-                "distance of the frozen statistics from the batch's, in limits",
-                off,
-                1,
-                "the stored statistics are of other data: what comes out is not normalised",
-                "load the statistics with the weights, or train the layer in train mode for a while first",
-            )
-        return None
-    half_life = math.inf if own == 0 else 1 if own is None else math.log(0.5) / math.log(1 - min(own, 0.5))
-    if last["tracked"] > half_life and all(f["scale"] > lag for f in facts):
-        return (
-            "BatchNorm statistics diverge",
-            "variance of the batch, as a ratio to the running one",
-            min(f["scale"] for f in facts),
-            lag,
-            "what comes in grows faster than the running statistics follow: evaluation will be wrong",
-            "lower the learning rate, weight decay on the layer before; a larger momentum",
-        )
-    return None
+def _is_settled(call: CallRecord) -> bool:
+    """Whether at least half of the running statistics comes from this training."""
+    momentum = call.facts["momentum"]
+    steps = call.facts["tracked"]
+    return bool(steps >= 1 if momentum is None or momentum >= 0.5 else steps > math.log(0.5) / math.log1p(-momentum))

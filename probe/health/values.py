@@ -2,126 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from probe.capture import Kind, ParameterKind
 from probe.findings import Finding, Severity
-from probe.health.doctor import Check
-from probe.health.vitals import CallRecord, PassRecord, Step, finite
+from probe.health.records import CallRecord, PassRecord, Step
+from probe.health.rules import Check, Rule, calls_of, shown
+from probe.health.vitals import Vitals, finite
 
 _FORWARD = Kind.INPUT | Kind.OUTPUT
-
-
-def calls_of(step: Step) -> Iterator[CallRecord]:
-    """The calls of a step's passes in training, without those of the root."""
-    for pass_ in step.trained():
-        yield from (call for call in pass_.calls if call.layer)
-
-
-def shown(names: Sequence[str], limit: int = 4) -> str:
-    """A few names in words."""
-    few = ", ".join(repr(name) for name in names[:limit])
-    return few + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def every_step(seen: Sequence[Step], window: int) -> bool:
-    """Whether there are `window` steps to judge."""
-    return len(seen) >= window
-
+IEEE = "IEEE 754: NaN and Inf spread to all that is computed from them, so only where they begin tells"
+Key = tuple[str, int]  # a layer's name, and which of its calls
 
 # -- NaN and Inf -------------------------------------------------------------------------------------------------------
 
+NONFINITE = Rule(
+    "NaN or Inf",
+    "this layer made it out of finite inputs; those after it only pass it on",
+    "look for a division, root, logarithm or exponential there; lower the learning rate or clip gradients if values "
+    "grew step by step; in half precision compute this layer in float32",
+    IEEE,
+    Severity.ERROR,
+)
+NONFINITE_INPUT = replace(
+    NONFINITE,
+    meaning="the data holds it; the layers only pass it on",
+    advice="look at the data: torch.isfinite(batch).all()",
+)
+NONFINITE_LOSS = replace(
+    NONFINITE,
+    meaning="the loss function makes it: a logarithm or a division by zero, or a target out of range",
+    advice="use the losses that take logits (cross_entropy, binary_cross_entropy_with_logits), or add an epsilon",
+)
 
-def nonfinite(*, window: int = 5) -> Check:
+
+def nonfinite_values(*, history: int = 5) -> Check:
     """Where NaN or Inf began in a forward pass: the layer that made it out of finite inputs, not those that pass it on.
 
     ``-Inf`` alone is taken for a mask, as long as nothing else comes of it.
 
     Arguments:
-        window: of how many steps before it to give the layer's statistics.
+        history: of how many steps before it to give the layer's statistics.
 
-    Source: IEEE 754: every operation on NaN gives NaN, so only the first one tells.
+    Source: IEEE 754.
     """
 
     def judge(seen: Sequence[Step]) -> Iterator[Finding]:
         step = seen[-1]
-        if any(each.broken for each in seen[:-1]):
+        if any(each.broken or each.poisoned for each in seen[:-1]):
             return  # it was told
         for pass_ in step.passes:
             if pass_.broken:
                 yield _origin(pass_, seen)
                 return
-        if step.loss is not None and not np.isfinite(step.loss):
-            yield Finding(
-                "loss",
-                NONFINITE,
-                "NaN or Inf in the loss, with finite outputs of all layers",
-                1,
-                0,
-                "the loss function makes it: a logarithm or a division by zero, or a target out of range",
-                "use the losses that take logits (cross_entropy, binary_cross_entropy_with_logits), or add an epsilon",
-                _IEEE,
-                step.number,
-                Severity.ERROR,
-            )
+        if step.broken:
+            yield NONFINITE_LOSS.broken(step, "loss", "NaN or Inf in the loss; all layers' outputs are finite", 1, 0)
 
-    return Check(NONFINITE, judge, (_FORWARD, ParameterKind.VALUE), window + 1, of_broken=True)
-
-
-NONFINITE = "NaN or Inf"
-_IEEE = "IEEE 754: NaN and Inf spread to all that is computed from them, so only where they begin tells"
+    kinds = (_FORWARD, ParameterKind.VALUE, ParameterKind.GRAD, Kind.GRAD_OUTPUT)
+    return Check("NaN or Inf", judge, kinds, history + 1, eager=True, of_broken=True)
 
 
 def _origin(pass_: PassRecord, seen: Sequence[Step]) -> Finding:
-    step = seen[-1]
+    step, root = seen[-1], pass_.root
+    if root is not None and any(each.nan or each.posinf for each in root.inputs.values()):
+        count = sum(each.nonfinite for each in root.inputs.values())
+        return NONFINITE_INPUT.broken(step, "", "elements of the model's input that are NaN or Inf", count, 0)
     inner = [call for call in pass_.calls if call.layer] or pass_.calls
-    bad = [call for call in inner if not finite(call.outputs.values())]
+    bad = [call for call in inner if not finite(call.outputs.values())] or inner[-1:]
     made = [call for call in bad if finite(call.inputs.values())]
-    root = pass_.root
-    if root is not None and not finite(root.inputs.values()) and any(each.head.nan for each in root.inputs.values()):
-        return Finding(
-            "",
-            NONFINITE,
-            "NaN or Inf in the model's input",
-            sum(v.nonfinite for v in root.inputs.values()),
-            0,
-            "the data holds it; the layers only pass it on",
-            "look at the data: torch.isfinite(batch).all()",
-            _IEEE,
-            step.number,
-            Severity.ERROR,
-        )
-    first = _innermost(made) if made and made[0].order <= bad[0].order else (bad or inner)[0]
-    count = sum(each.nonfinite for each in first.outputs.values())
-    passed = [call.layer for call in bad if call is not first]
-    details = [f"passed on by {shown(list(dict.fromkeys(passed)))}"] if passed else []
-    own = [p for p in step.parameters.values() if p.layer == first.layer and p.value and p.value.nonfinite]
-    details += _before(first, seen)
-    if first in made or not bad:
-        what = f"NaN or Inf in the output, of {sum(v.head.count for v in first.outputs.values())} elements"
-        meaning = "this layer made it out of finite inputs; those after it only pass it on"
-    else:
-        what = "NaN or Inf in the output, and already in what came in"
-        meaning = "an operation between the layer before and this one made it"
+    first = _innermost(made) if made and made[0] is bad[0] else bad[0]
+    own = [p.name for p in step.parameters.values() if p.layer == first.layer and p.value and p.value.nonfinite]
+    meaning = ""
     if own:
-        meaning = f"its parameter {own[0].name!r} is not finite: an earlier update broke it"
-    return Finding(
+        meaning = f"its parameter {own[0]!r} is not finite: it was so from the start, or an update made it so"
+    elif first not in made:
+        meaning = "it was in this layer's input already: an operation between the layer before and this one made it"
+    return NONFINITE.broken(
+        step,
         first.layer,
-        NONFINITE,
-        what,
-        count,
+        f"elements of the output that are NaN or Inf, of {sum(each.count for each in first.outputs.values())}",
+        sum(each.nonfinite for each in first.outputs.values()),
         0,
-        meaning,
-        "look for a division, root, logarithm or exponential there; lower the learning rate or clip gradients if "
-        "values grew step by step; in half precision compute this layer in float32",
-        _IEEE,
-        step.number,
-        Severity.ERROR,
-        tuple(details),
+        _passed_on([call.layer for call in bad if call.layer != first.layer]),
+        *_before(first, seen),
+        meaning=meaning,
     )
+
+
+def _passed_on(layers: list[str]) -> str:
+    return f"passed on by {shown(layers)}" if layers else ""
 
 
 def _innermost(calls: list[CallRecord]) -> CallRecord:
@@ -146,6 +120,18 @@ def _before(call: CallRecord, seen: Sequence[Step]) -> list[str]:
 
 # -- units that do nothing ---------------------------------------------------------------------------------------------
 
+_DYING = "Lu et al. 2019, arXiv:1903.06733; CS231n: up to 40 % with a learning rate set too high"
+DEAD_UNITS = Rule(
+    "dead units",
+    "these units get no gradient any more and stay dead; a learning rate that was too high or a large negative bias "
+    "pushed them there",
+    "lower the learning rate or warm it up; He initialisation; LeakyReLU or GELU in place of ReLU",
+    _DYING,
+)
+DEAD_LAYER = replace(
+    DEAD_UNITS, meaning="nothing passes this layer, neither forward nor backward", severity=Severity.ERROR
+)
+
 
 def dead_units(*, share: float = 0.5, samples: int = 100, window: int = 5) -> Check:
     """Units (channels) that were exactly zero for every sample and position of `window` steps, where they became so.
@@ -160,110 +146,102 @@ def dead_units(*, share: float = 0.5, samples: int = 100, window: int = 5) -> Ch
     """
 
     def judge(seen: Sequence[Step]) -> Iterator[Finding]:
-        if not every_step(seen, window):
-            return
-        alive, fed, count = _alive(seen)
-        for (layer, index), units in alive.items():
-            dead = 1 - units.mean()
-            before = fed.get((layer, index))
-            passes_on = before is not None and 1 - before.mean() > dead - share / 2
-            if passes_on or dead <= share or (dead < 1 and count[layer, index] < samples):
-                continue
-            yield Finding(
-                layer,
-                "dead units",
-                f"share of units that were zero for all samples of {window} steps",
-                dead,
-                share,
-                "these units get no gradient any more and will stay dead; a learning rate that was too high or a large "
-                "negative bias pushed them there"
-                if dead < 1
-                else "nothing passes this layer, forward or backward",
-                "lower the learning rate or warm it up; He initialisation; LeakyReLU or GELU in place of ReLU",
-                "Lu et al. 2019, arXiv:1903.06733; CS231n: up to 40 % with a learning rate set too high",
-                seen[-1].number,
-                Severity.ERROR if dead == 1 else Severity.WARNING,
-                tuple(f"fed by {name!r}" for name in _feeders(seen[-1], layer, index)),
-            )
+        out, into, counts = _ever_alive(seen)
+        for key, units in out.items():
+            dead, before = 1 - units.mean(), 1 - into[key].mean() if key in into else 0.0
+            if dead > share and before <= dead - share / 2 and (dead == 1 or counts[key] >= samples):
+                rule = DEAD_LAYER if dead == 1 else DEAD_UNITS
+                what = f"share of units that were zero for all samples of {window} steps"
+                last = next((call for call in calls_of(seen[-1]) if (call.layer, call.index) == key), None)
+                fed = shown(last.fed_by) if last is not None else ""
+                yield rule.broken(seen[-1], key[0], what, dead, share, f"fed by {fed}" if fed else "")
 
-    return Check("dead units", judge, _FORWARD, window)
+    return Check("dead units", judge, (_FORWARD,), window)
 
 
-def _alive(seen: Sequence[Step]) -> tuple[dict[tuple[str, int], np.ndarray], ...]:
-    """By layer and call: which units of output and of input were ever alive, and how many samples there were."""
-    out: dict[tuple[str, int], np.ndarray] = {}
-    into: dict[tuple[str, int], np.ndarray] = {}
-    count: dict[tuple[str, int], int] = {}
-    steps: dict[tuple[str, int], set[int]] = {}
+def _ever_alive(seen: Sequence[Step]) -> tuple[dict[Key, np.ndarray], dict[Key, np.ndarray], dict[Key, int]]:
+    """Which units of a call's output, and of its input, were ever alive; and how many values of each there were."""
+    out: dict[Key, np.ndarray] = {}
+    into: dict[Key, np.ndarray] = {}
+    counts: dict[Key, int] = {}
+    steps: dict[Key, set[int]] = {}
     for step in seen:
         for call in calls_of(step):
             key = call.layer, call.index
             for place, found in ((call.outputs, out), (call.inputs, into)):
-                units = next((v.get("alive") for v in place.values() if v.get("alive") is not None), None)
-                if units is not None:
-                    before = found.get(key)
-                    found[key] = units if before is None or before.shape != units.shape else before | units
-            for value in list(call.outputs.values())[:1]:
-                units = value.get("alive")
-                count[key] = count.get(key, 0) + (value.head.count // max(len(units), 1) if units is not None else 0)
-            steps.setdefault(key, set()).add(step.number)
-    whole = {key: units for key, units in out.items() if len(steps[key]) == len(seen)}
-    return whole, into, count  # type: ignore[return-value]
+                value = next((each for each in place.values() if each.get("alive") is not None), None)
+                if value is None:
+                    continue
+                units, before = value.get("alive"), found.get(key)
+                found[key] = units if before is None or before.shape != units.shape else before | units
+                if place is call.outputs:
+                    counts[key] = counts.get(key, 0) + value.count // len(units)
+                    steps.setdefault(key, set()).add(step.number)
+    return {key: out[key] for key in out if len(steps[key]) == len(seen)}, into, counts
 
 
-def _feeders(step: Step, layer: str, index: int) -> tuple[str, ...]:
-    return next((call.fed_by for call in calls_of(step) if (call.layer, call.index) == (layer, index)), ())
+CONSTANT = Rule(
+    "constant output",
+    "the layer gives every sample the same: what comes after it cannot depend on the data",
+    "look at its weights (all zero, or swamped by a bias?), at its input's scale, and at reductions over the batch",
+    "an output without variance over the batch carries nothing of the data",
+    Severity.ERROR,
+)
 
 
-def constant(*, spread: float = 1e-6, window: int = 3) -> Check:
+def constant_outputs(*, spread: float = 1e-6, window: int = 3) -> Check:
     """Layers that give every sample the same output though their inputs differ.
 
     Arguments:
         spread: the largest difference between samples, relative to the largest value, that counts as none.
         window: steps in which it has to be so.
 
-    Source: an output without variance over the data carries no information about it.
+    Source: an output without variance over the batch carries nothing of the data.
     """
 
     def judge(seen: Sequence[Step]) -> Iterator[Finding]:
-        if not every_step(seen, window):
-            return
-        flat = [{(c.layer, c.index): c for c in calls_of(step) if _collapses(c, spread)} for step in seen]
-        for (layer, index), call in flat[-1].items():
-            if all((layer, index) in each for each in flat):
-                yield Finding(
-                    layer,
-                    "constant output",
-                    "largest difference between samples, relative to the largest value",
-                    _least_spread(call.outputs.values()),
-                    spread,
-                    "the layer gives every sample the same: what comes after it cannot depend on the data",
-                    "look at its weights (all zero, or swamped by a bias?), at its input's scale, and at reductions "
-                    "over the batch",
-                    "an output without variance over the batch carries nothing of the data",
-                    seen[-1].number,
-                    Severity.ERROR,
-                )
+        flat = [{(c.layer, c.index): c for c in calls_of(step) if collapses(c, spread)} for step in seen]
+        for key, call in flat[-1].items():
+            if all(key in each for each in flat):
+                what = "largest difference between samples, relative to the largest value"
+                yield CONSTANT.broken(seen[-1], key[0], what, max(_spreads(call.outputs.values())), spread)
 
-    return Check("constant output", judge, _FORWARD, window)
+    return Check("constant output", judge, (_FORWARD,), window)
 
 
-def _least_spread(values: object) -> float:
-    return min((v.get("spread") for v in values if v.get("spread") is not None), default=float("nan"))  # type: ignore
-
-
-def _collapses(call: CallRecord, limit: float) -> bool:
-    into = [v.get("spread") for v in call.inputs.values() if v.get("spread") is not None]
-    out = [v.get("spread") for v in call.outputs.values() if v.get("spread") is not None]
-    zero = all(v.head.zeros == v.head.count for v in call.outputs.values())
+def collapses(call: CallRecord, limit: float) -> bool:
+    """Whether a call's inputs differ between samples, and its outputs do not; all zero is dead, not constant."""
+    into, out = _spreads(call.inputs.values()), _spreads(call.outputs.values())
     varies = bool(into) and len(into) == len(call.inputs) and min(into) > limit
-    return varies and bool(out) and max(out) <= limit and not zero
+    return varies and bool(out) and max(out) <= limit and not is_zero(call)
+
+
+def is_zero(call: CallRecord) -> bool:
+    """Whether all of a call's outputs are zero."""
+    return bool(call.outputs) and all(each.zeros == each.count for each in call.outputs.values())
+
+
+def _spreads(values: Iterable[Vitals]) -> list[float]:
+    return [each.get("spread") for each in values if each.get("spread") is not None]
 
 
 # -- saturation --------------------------------------------------------------------------------------------------------
 
+SATURATED = Rule(
+    "saturated",
+    "almost no gradient passes: the inputs of this function are far too large",
+    "scale down the weights before it, or normalise its input (LayerNorm, BatchNorm)",
+    "Glorot & Bengio 2010, AISTATS",
+)
+COLLAPSED = Rule(
+    "attention collapsed",
+    "every query looks at one place only; the softmax is saturated, and no gradient reaches queries and keys",
+    "scale the logits by 1/sqrt(head size); normalise queries and keys; warm the learning rate up",
+    "Zhai et al. 2023, arXiv:2303.06296",
+)
 
-def saturated(*, share: float = 0.9, window: int = 3) -> Check:
+
+def saturation(*, share: float = 0.9, window: int = 3) -> Check:
     """Sigmoid, Tanh, Hardtanh, Hardsigmoid and Softsign modules whose outputs lie where they have no slope.
 
     That is where the derivative is below a tenth of its greatest value. The model's last layer is left out: there a
@@ -277,27 +255,20 @@ def saturated(*, share: float = 0.9, window: int = 3) -> Check:
     """
 
     def judge(seen: Sequence[Step]) -> Iterator[Finding]:
-        yield from _persistent(
-            seen,
-            window,
-            "saturated",
-            share,
-            "saturated",
-            f"share of outputs that are saturated, the least of {window} steps",
-            "almost no gradient passes: the inputs of this function are far too large",
-            "scale down the weights before it, or normalise its input (LayerNorm, BatchNorm)",
-            "Glorot & Bengio 2010, AISTATS",
-        )
+        for layer, least in _persistent(seen, "saturated", share):
+            what = f"share of outputs that are saturated, the least of {window} steps"
+            yield SATURATED.broken(seen[-1], layer, what, least, share)
 
-    return Check("saturated", judge, _FORWARD, window)
+    return Check("saturated", judge, (_FORWARD,), window)
 
 
-def attention(*, share: float = 0.9, window: int = 3) -> Check:
+def attention_entropy(*, share: float = 0.9, window: int = 3) -> Check:
     """Attention whose every query looks at one place: the entropy of nearly all rows has collapsed.
 
     Seen where the weights pass a module: ``nn.Softmax`` (of three dimensions or more) and ``nn.Dropout``; the weights
-    of ``nn.MultiheadAttention`` are computed once more for one sample, and so are those of a module with a ``qkv`` or
-    ``c_attn`` layer and ``num_heads`` or ``n_head``. Others that call ``scaled_dot_product_attention`` are not seen.
+    of ``nn.MultiheadAttention`` are computed once more for one sample, and so are those of a module with a layer
+    ``qkv`` or ``c_attn`` and an attribute ``num_heads`` or ``n_head``. Others that call
+    ``scaled_dot_product_attention`` are not seen.
 
     Arguments:
         share: of the rows that may have an entropy below a hundredth of the greatest possible one.
@@ -307,49 +278,42 @@ def attention(*, share: float = 0.9, window: int = 3) -> Check:
     """
 
     def judge(seen: Sequence[Step]) -> Iterator[Finding]:
-        yield from _persistent(
-            seen,
-            window,
-            "peaked",
-            share,
-            "attention collapsed",
-            f"share of queries with all their attention in one place, the least of {window} steps",
-            "the softmax is saturated: no gradient reaches queries and keys",
-            "scale the logits by 1/sqrt(head size); normalise queries and keys; warm the learning rate up",
-            "Zhai et al. 2023, arXiv:2303.06296",
-        )
+        for layer, least in _persistent(seen, "peaked", share):
+            what = f"share of queries with all their attention in one place, the least of {window} steps"
+            yield COLLAPSED.broken(seen[-1], layer, what, least, share)
 
-    return Check("attention collapsed", judge, _FORWARD, window)
+    return Check("attention collapsed", judge, (_FORWARD,), window)
 
 
-def _persistent(
-    seen: Sequence[Step],
-    window: int,
-    fact: str,
-    limit: float,
-    check: str,
-    what: str,
-    meaning: str,
-    advice: str,
-    src: str,
-) -> Iterator[Finding]:
-    """Findings for layers whose fact was above the limit in every step."""
-    if not every_step(seen, window):
-        return
-    least: dict[tuple[str, int], list[float]] = {}
+def _persistent(seen: Sequence[Step], fact: str, limit: float) -> Iterator[tuple[str, float]]:
+    """Layers, but for the last one, whose fact was above the limit in every step, with the least value."""
+    found: dict[Key, list[float]] = {}
     for step in seen:
-        root = [pass_.root for pass_ in step.trained()]
-        last = {id(v) for call in root if call is not None for v in call.outputs.values()}
+        last = {id(v) for each in step.trained() if each.root is not None for v in each.root.outputs.values()}
         for call in calls_of(step):
-            valid = call.facts.get("sums", 0.0) < 0.01 and not any(id(v) in last for v in call.outputs.values())
-            if fact in call.facts and valid:
-                least.setdefault((call.layer, call.index), []).append(call.facts[fact])
-    for (layer, _), values in least.items():
+            is_distribution = call.facts.get("sums", 0.0) < 0.01
+            if fact in call.facts and is_distribution and not any(id(v) in last for v in call.outputs.values()):
+                found.setdefault((call.layer, call.index), []).append(call.facts[fact])
+    for (layer, _), values in found.items():
         if len(values) >= len(seen) and min(values) > limit:
-            yield Finding(layer, check, what, min(values), limit, meaning, advice, src, seen[-1].number)
+            yield layer, min(values)
 
 
 # -- half precision ----------------------------------------------------------------------------------------------------
+
+_HALF = "Micikevicius et al. 2018, arXiv:1710.03740: float16 keeps 6e-5 to 65504 in full precision"
+OVERFLOW = Rule(
+    "float16 overflow",
+    "the next doubling is Inf",
+    "compute this layer in float32 or bfloat16, or scale it down",
+    _HALF,
+)
+UNDERFLOW = Rule(
+    "float16 underflow",
+    "gradients are rounded coarsely, and at last become zero",
+    "scale the loss: torch.amp.GradScaler; or use bfloat16",
+    _HALF,
+)
 
 
 def half_precision(*, overflow: float = 0.5, underflow: float = 0.5, window: int = 2) -> Check:
@@ -364,45 +328,60 @@ def half_precision(*, overflow: float = 0.5, underflow: float = 0.5, window: int
 
     Source: Micikevicius et al., "Mixed Precision Training" (2018).
     """
-    largest = torch.finfo(torch.float16).max
-    source = "Micikevicius et al. 2018, arXiv:1710.03740: float16 keeps 6e-5 to 65504 in full precision"
 
     def judge(seen: Sequence[Step]) -> Iterator[Finding]:
-        if not every_step(seen, window):
-            return
-        over, under = [], []
-        for step in seen:
-            outputs = [(c.layer, v) for c in calls_of(step) for v in c.outputs.values() if v.dtype is torch.float16]
-            grads = [(c.layer, v) for c in calls_of(step) for v in c.grad_outputs.values()]
-            over.append({layer: v.largest / largest for layer, v in outputs if v.largest > overflow * largest})
-            under.append({layer: v.get("subnormal") for layer, v in grads if (v.get("subnormal") or 0) > underflow})
-        for layer in over[-1]:
+        over = [
+            {c.layer: used for c in calls_of(step) if (used := _range_made(c, overflow)) > overflow} for step in seen
+        ]
+        for layer, used in over[-1].items():
             if all(layer in each for each in over):
-                yield Finding(
-                    layer,
-                    "float16 overflow",
-                    "largest output, as a share of float16's range",
-                    over[-1][layer],
-                    overflow,
-                    "the next doubling is Inf",
-                    "compute this layer in float32 or bfloat16, or scale it down",
-                    source,
-                    seen[-1].number,
-                )
-        common = [layer for layer in under[-1] if all(layer in each for each in under)]
+                what = "largest output, as a share of float16's range"
+                yield OVERFLOW.broken(seen[-1], layer, what, used, overflow)
+        under = [{c.layer: lost for c in calls_of(step) if (lost := _lost(c)) > underflow} for step in seen]
+        common = {layer: lost for layer, lost in under[-1].items() if all(layer in each for each in under)}
         if common:
-            worst = max(common, key=lambda layer: float(under[-1][layer]))
-            yield Finding(
-                worst,
-                "float16 underflow",
-                "share of the gradient's values too small for full precision",
-                under[-1][worst],
-                underflow,
-                "gradients are rounded, and at last become zero",
-                "scale the loss: torch.amp.GradScaler; or use bfloat16",
-                source,
-                seen[-1].number,
-                details=(f"likewise {shown([each for each in common if each != worst])}",) if len(common) > 1 else (),
-            )
+            worst = max(common, key=lambda layer: common[layer])
+            others = shown(layer for layer in common if layer != worst)
+            what = "share of the gradient's values that are too small for full precision"
+            details = f"likewise {others}" if others else ""
+            yield UNDERFLOW.broken(seen[-1], worst, what, common[worst], underflow, details)
 
-    return Check("half precision", judge, (Kind.OUTPUT | Kind.GRAD_OUTPUT), window)
+    return Check("half precision", judge, (_FORWARD, Kind.GRAD_OUTPUT), window)
+
+
+def _range_made(call: CallRecord, limit: float) -> float:
+    """How much of float16's range an output uses, where the inputs use less than the limit."""
+    used, into = (
+        max((v.largest for v in values if v.dtype is torch.float16), default=0.0) / torch.finfo(torch.float16).max
+        for values in (call.outputs.values(), call.inputs.values())
+    )
+    return used if into <= limit else 0.0
+
+
+def _lost(call: CallRecord) -> float:
+    return max((each.get("subnormal") or 0.0 for each in call.grad_outputs.values()), default=0.0)
+
+
+# -- written over ------------------------------------------------------------------------------------------------------
+
+OVERWRITTEN = Rule(
+    "overwritten capture",
+    "a forward hook of yours was given this output, and an in-place operation wrote over it afterwards: what the hook "
+    "kept, also by detach(), holds later values",
+    "keep output.detach().clone() in the hook, or read the layer with a Probe, whose captures are copy-on-write",
+    "torch.nn docs, register_forward_hook: the hook gets the output itself, not a copy",
+    Severity.NOTICE,
+)
+
+
+def overwritten_captures() -> Check:
+    """Outputs that somebody else's forward hook was given, that are still held, and that were written to in place."""
+
+    def judge(seen: Sequence[Step]) -> Iterator[Finding]:
+        for pass_ in seen[-1].passes:
+            for call in pass_.calls:
+                writes = call.facts.get("overwritten", 0)
+                if writes and not math.isnan(writes):
+                    yield OVERWRITTEN.broken(seen[-1], call.layer, "in-place writes after the hook", writes, 0)
+
+    return Check("overwritten capture", judge, (Kind.OUTPUT,))
