@@ -34,6 +34,7 @@ class Arm(NamedTuple):
         attach: from the work, and every how many steps, to a context manager around what is run.
         modes: in which it makes sense.
         logs: whether it observes only every n-th step.
+        compiled: whether it makes sense for compiled models only.
         against: what else it is measured against, beside the bare model.
     """
 
@@ -42,6 +43,7 @@ class Arm(NamedTuple):
     attach: Attach
     modes: tuple[str, ...] = ("forward", "train")
     logs: bool = False
+    compiled: bool = False
     against: tuple[str, ...] = ()
 
 
@@ -127,7 +129,7 @@ def _left(work: Work, every: int) -> Iterator[Attached]:
     yield Attached(work.step)
 
 
-def _log(*summaries: Any, everything: bool = False) -> Attach:
+def _log(*summaries: Any, everything: bool = False, compiled: str = "auto") -> Attach:
     """Log outputs and (in training) their gradients; `everything`: parameters, their gradients and updates as well."""
 
     @contextlib.contextmanager
@@ -137,7 +139,7 @@ def _log(*summaries: Any, everything: bool = False) -> Attach:
         with (
             tempfile.TemporaryDirectory() as folder,
             Board(folder) as board,
-            Probe(work.called, optimizer=optimizer) as p,
+            Probe(work.called, optimizer=optimizer, compiled=compiled) as p,
         ):
             p.log(board, *summaries, every=every, kinds=None if everything else kinds)
 
@@ -189,6 +191,13 @@ ARMS = (
         _log(stats, histogram, everything=True),
         ("train",),
         logs=True,
+    ),
+    Arm(
+        "inside",
+        'stats+histogram from inside the compiled graph, Probe(..., compiled="inside"), where "auto" runs eagerly',
+        _log(stats, histogram, compiled="inside"),
+        logs=True,
+        compiled=True,
     ),
     Arm("Grad-CAM", "cam.explain in place of a forward; models of pictures", _grad_cam, ("forward",)),
 )

@@ -50,7 +50,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, help="how long to measure an arm; at least so many")
     options = parser.parse_args(words)
     every = _every(options.every or ("1,10" if options.quick else "1,10,100"))
-    chosen = _arms(options.arms, options.mode)
+    chosen = _arms(options.arms, options.mode, options.compile)
     if options.quick and options.size is None and options.model in ("resnet18", "resnet50"):
         options.size = 64
     command.start(options)
@@ -122,7 +122,7 @@ def measure(task: Task, work: Work, run: Run, found: Results) -> None:
 def _counts(arm: Arm, every: int, work: Work, run: Run) -> Counts:
     """What the arm adds to the counts of a step: of an observed one, or where there are others, of one of those."""
     twin = work.twin()
-    twin.step()
+    Work(twin.model, twin.inputs, twin.optimizer).step()  # not the compiled one, which an arm may have to come before
     apart = max(every, 10) if every > 1 else 1  # so far that none of the counted steps is observed
     with arm.attach(twin, apart) as attached:
         if every > 1:
@@ -173,9 +173,9 @@ def _every(text: str) -> list[int]:
     return every
 
 
-def _arms(text: str, mode: str) -> list[Arm]:
+def _arms(text: str, mode: str, compiled: bool) -> list[Arm]:
     patterns = text.split(",")
-    possible = [arm for arm in ARMS if mode in arm.modes]
+    possible = [arm for arm in ARMS if mode in arm.modes and arm.compiled <= compiled]
     chosen = [arm for arm in possible if any(fnmatch.fnmatchcase(arm.name, pattern.strip()) for pattern in patterns)]
     if not chosen:
         raise SystemExit(f"--arms {text}: in mode {mode} there are {', '.join(arm.name for arm in possible)}")

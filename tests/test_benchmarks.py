@@ -113,7 +113,7 @@ def test_nothing_is_left_after_a_probe(rows: dict[tuple[str, int | None], Row]) 
 
 def test_every_arm_was_measured(rows: dict[tuple[str, int | None], Row]) -> None:
     """No arm that makes sense in training failed."""
-    assert {arm for arm, _ in rows} == {arm.name for arm in ARMS if "train" in arm.modes}
+    assert {arm for arm, _ in rows} == {arm.name for arm in ARMS if "train" in arm.modes and not arm.compiled}
     assert all("failed" not in row and row["ratio"]["median"] > 0 for row in rows.values())
 
 
