@@ -198,8 +198,9 @@ class _Watching:
         if not self._watch.models:
             _say("no model was trained in this process (its child processes are not probed)")
             return
+        trained = [model for model in self._watch.models if model.trained]
         for model in self._watch.models:
-            for line in model.report():
+            for line in model.report(brief=bool(trained) and model not in trained):
                 print(line, file=sys.stderr)
         _say(f"see it in TensorBoard:  python -m probe open {shlex.quote(self._watch.folder())}")
 

@@ -204,8 +204,9 @@ if hasattr(os, "register_at_fork"):
 def _name(module: nn.Module) -> str:
     """The global variable that holds the model, where the script has one, else the model's class.
 
-    Local variables are left alone: up to Python 3.12 to read those of a running function can change what its `locals`
-    returned before, and keeps its values alive.
+    A class of torch's own says little: what belongs to another module is named by its place there. Local variables are
+    left alone: up to Python 3.12 to read those of a running function can change what its `locals` returned before, and
+    keeps its values alive.
     """
     inner = unwrapped(module)
     frame = sys._getframe()
@@ -216,6 +217,11 @@ def _name(module: nn.Module) -> str:
                 if (value is module or value is inner) and not name.startswith("_"):
                     return name
         frame = frame.f_back  # type: ignore[assignment]
+    if type(inner).__module__.startswith("torch."):
+        for parent in alive(nn.Module):
+            for key, child in parent.__dict__.get("_modules", {}).items():
+                if child is inner and parent is not inner and unwrapped(parent) is parent:
+                    return f"{_name(parent)}.{key}"
     return type(inner).__name__
 
 

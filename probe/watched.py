@@ -26,7 +26,6 @@ from probe.summary import histogram, stats
 from probe.table import LastSeen
 
 KINDS: dict[str, Kind | ParameterKind] = {each.label: each for each in (*Kind, *ParameterKind)}
-USUAL = ("output", "grad_output", "value", "grad", "update")
 
 _UNLED = 64  # so many passes without an optimizer's step, and it is taken that none will come
 
@@ -45,13 +44,13 @@ class Options:
         comment: the end of the name of a new folder.
     """
 
-    logdir: str | None = None
-    every: int = 100
-    layers: tuple[str, ...] = ()
-    kinds: tuple[str, ...] = USUAL
-    until_step: int | None = None
-    findings: bool = True
-    comment: str = ""
+    logdir: str | None
+    every: int
+    layers: tuple[str, ...]
+    kinds: tuple[str, ...]
+    until_step: int | None
+    findings: bool
+    comment: str
 
 
 class Watcher(Protocol):
@@ -111,6 +110,11 @@ class Model(Receiver):
                               "parameters are logged")  # fmt: skip
         with self._careful():
             self._wake()
+
+    @property
+    def trained(self) -> bool:
+        """Whether an optimizer of its parameters was seen."""
+        return self._trained
 
     @property
     def due(self) -> bool:
@@ -276,20 +280,17 @@ class Model(Receiver):
             with self._careful():
                 self._rest()
 
-    def report(self) -> Iterator[str]:
-        """What was seen, line by line."""
+    def report(self, *, brief: bool) -> Iterator[str]:
+        """What was seen, line by line, the table of layers among it unless `brief`."""
         steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
         title = self.name if self.name.startswith(self.type) else f"{self.name} ({self.type})"
         seen = sorted(self.seen.steps)
-        if self._activations:
-            yield f"probe: {title}: {steps}, {len(seen)} of them observed" + (
-                f"; below the last one, step {seen[-1]}" if seen else ""
-            )
-        else:
-            yield f"probe: {title}: {steps}"
+        observed = f", {len(seen)} of them observed" if self._activations else ""
+        last = f"; below the last one, step {seen[-1]}" if seen and not brief else ""
+        yield f"probe: {title}: {steps}{observed}{last}"
         for note in self.notes:
             yield f"probe: {title}: {note}"
-        if seen:
+        if seen and not brief:
             yield from str(self.seen.table(self.layers)).splitlines()
         if findings := self.findings():
             yield from str(findings).splitlines()

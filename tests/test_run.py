@@ -384,7 +384,7 @@ def found(run: Run) -> dict[str, str]:
         ("a, b = mlp(), nn.Linear(4, 4)\ntrain(nn.Sequential(b, a), 6)", {"Sequential": 6}),
         ("net = mlp()\nnet(torch.ones(1, 4))\ntrain(net, 7)\ntrain(net, 7)", {"net": 14}),
         ("net = nn.DataParallel(mlp())\ntrain(net, 6)", {"net": 6}),
-        ("whole = nn.ModuleDict({'a': mlp()})\ntrain(whole, 6, call=whole['a'])", {"Sequential": 6}),
+        ("whole = nn.ModuleDict({'a': mlp()})\ntrain(whole, 6, call=whole['a'])", {"whole.a": 6}),
         (
             "net = mlp()\nema = copy.deepcopy(net)\nfor _ in range(3):\n    train(net, 4)\n    with torch.no_grad():\n"
             "        ema(torch.ones(1, 4)), net(torch.ones(1, 4))",
@@ -533,6 +533,23 @@ def test_findings_are_told(start: Callable[..., Run]) -> None:
     assert "meaning:" in run.err
     assert any(tag.startswith("health/") for tag in read(run.board / "net").Tags()["scalars"])
     assert "meaning:" not in start("--every 1 --no-findings", HEAD + script).err
+
+
+def test_a_model_that_is_not_trained_is_told_briefly(start: Callable[..., Run]) -> None:
+    """Beside one that is: without its table. By itself it has one."""
+    script = "other = mlp()\nfor _ in range(3):\n    other(torch.ones(2, 4)).sum().backward()\n"
+    alone, beside = start("", HEAD + script), start("", HEAD + script + "net = mlp()\ntrain(net, 6)")
+    rows = [[line for line in run.err.splitlines() if "Linear" in line] for run in (alone, beside)]
+    assert [len(each) for each in rows] == [2, 2]
+    assert "probe: other (Sequential): 2 steps, 1 of them observed" in told(beside)
+
+
+def test_the_options_know_every_kind() -> None:
+    """Those of modules and those of parameters, which the parser can't import."""
+    from probe import run, watched
+
+    assert set(run.KINDS) == set(watched.KINDS)
+    assert set(run.USUAL) < set(run.KINDS)
 
 
 def test_nothing_trained_is_told(start: Callable[..., Run]) -> None:
