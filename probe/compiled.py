@@ -318,3 +318,17 @@ _spots = itertools.count()
 def _spot() -> int:
     """A number for each place where a hook was traced: a constant in the graph."""
     return next(_spots)
+
+
+def check_options(compiled: str, kinds: Kind | None, keep: int | None, backward: str, copy_views: bool) -> None:
+    if compiled not in ("auto", "inside", "error"):
+        raise ValueError(f"compiled={compiled!r}: use 'auto' (the default), 'inside' or 'error'")
+    if compiled == "inside":
+        for given, what in (
+            (keep, f"keep={keep}: values are not kept"),
+            (backward == "module", "backward='module': that hook does not fire"),
+            (copy_views, "copy_views: outputs that need a gradient are handed on as copies anyway"),
+            ((kinds or INSIDE) & ~INSIDE, "Kind.GRAD_INPUT can't be had"),
+        ):
+            if given:
+                raise ValueError(f"{what} inside a compiled graph; leave compiled='inside' out, or this")

@@ -15,8 +15,8 @@ from torch import nn
 
 from probe import select
 from probe.calls import Receiver, StopForward
-from probe.capture import Kind, Layer, ParameterKind, Summary
-from probe.compiled import INSIDE, Eager, GraphSession
+from probe.capture import Kind, Layer, Summary
+from probe.compiled import INSIDE, Eager, GraphSession, check_options
 from probe.edits import Edit, checked
 from probe.findings import Findings
 from probe.hooks import Tap
@@ -100,7 +100,7 @@ class Probe:
             raise ValueError(f"keep={keep!r}: give the number of passes to keep, 0 or more")
         if kinds is not None and (not isinstance(kinds, Kind) or not kinds):
             raise TypeError(f"kinds={kinds!r}: combine Kind.INPUT, OUTPUT, GRAD_OUTPUT and GRAD_INPUT with |")
-        _check_compiled(compiled, kinds, keep, backward, copy_views)
+        check_options(compiled, kinds, keep, backward, copy_views)
         self._every = select.layers(model)
         chosen = [] if isinstance(model, _NoModel) else select.choose(self._every, layers, exclude)
         self._scripted = [layer for layer in chosen if isinstance(layer.module, torch.jit.ScriptModule)]
@@ -426,18 +426,18 @@ class Probe:
             RuntimeError: at the end of a step, on all ranks: they do not log the same, or one of them left or is late
                 by half of the process group's time-out.
         """
-        from probe.log import Log, Parameters
+        from probe.log import Log, Parameters, by_kind, check
         from probe.ranks import rank
 
         silent = rank() > 0 and not per_rank
-        _check_log(writer, summaries, every, on_error, silent=silent)
+        check(writer, summaries, every, on_error, silent=silent)
         if layers is None:
             chosen, owners = self._layers, self._every
         else:
             chosen = owners = select.choose(self._every, [layers])
         plain = tuple(each for each in summaries if not isinstance(each, Joint))
         asked = self._kinds if self._compiled == "inside" else self._asked_kinds
-        wanted = _wanted(plain, kinds, asked, bool(self._optimizers))
+        wanted = by_kind(plain, _listed(kinds), asked, bool(self._optimizers))
         if self._compiled == "inside" and Kind.GRAD_INPUT in wanted:
             raise ValueError("Kind.GRAD_INPUT can't be had inside a compiled graph; leave compiled='inside' out")
         added: list[Receiver] = []
@@ -672,53 +672,6 @@ def _hookable(layers: list[Layer]) -> list[Layer]:
         names = ", ".join(repr(layer.name) for layer in layers)
         raise TypeError(f"{names}: torch puts no hooks on ScriptModules; probe the model before torch.jit.script")
     return found
-
-
-def _check_compiled(compiled: str, kinds: Kind | None, keep: int | None, backward: str, copy_views: bool) -> None:
-    if compiled not in ("auto", "inside", "error"):
-        raise ValueError(f"compiled={compiled!r}: use 'auto' (the default), 'inside' or 'error'")
-    if compiled == "inside":
-        for given, what in (
-            (keep, f"keep={keep}: values are not kept"),
-            (backward == "module", "backward='module': that hook does not fire"),
-            (copy_views, "copy_views: outputs that need a gradient are handed on as copies anyway"),
-            ((kinds or INSIDE) & ~INSIDE, "Kind.GRAD_INPUT can't be had"),
-        ):
-            if given:
-                raise ValueError(f"{what} inside a compiled graph; leave compiled='inside' out, or this")
-
-
-def _check_log(writer: Any, summaries: tuple[Any, ...], every: Any, on_error: str, *, silent: bool) -> None:
-    if not (hasattr(writer, "add_scalar") or (silent and writer is None)):
-        raise TypeError(f"log writes to a Board or a SummaryWriter, not {type(writer).__name__}: p.log(board, stats)")
-    if not summaries:
-        raise TypeError("log needs at least one summary: p.log(board, stats, histogram)")
-    for summary in summaries:
-        if not callable(summary) and not isinstance(summary, Joint):
-            raise TypeError(f"{summary!r} is no summary: give functions from a Capture to things to show")
-    if not isinstance(every, int) or every < 1:
-        raise ValueError(f"every={every!r}: give a whole number of at least 1")
-    if on_error not in ("raise", "warn"):
-        raise ValueError(f"on_error={on_error!r}: use 'raise' or 'warn'")
-
-
-def _wanted(
-    summaries: tuple[Summary, ...], kinds: Any, of_probe: Kind | None, with_parameters: bool
-) -> dict[Any, list[Summary]]:
-    """Which summaries get which kinds of captures."""
-    asked: set[Any] = set()
-    for each in _listed(kinds):
-        if not isinstance(each, (Kind, ParameterKind)):
-            raise TypeError(f"kinds={each!r}: give Kind and ParameterKind members, combined with | or in a list")
-        asked.update(each)
-    usual = set(of_probe or Kind.OUTPUT | Kind.GRAD_OUTPUT) | (set(ParameterKind) if with_parameters else set())
-    wanted: dict[Any, list[Summary]] = {}
-    for summary in summaries:
-        declared = getattr(summary, "kinds", None)
-        own = usual if declared is None else set(declared)
-        for kind in own & asked if asked and declared is not None else asked or own:
-            wanted.setdefault(kind, []).append(summary)
-    return wanted
 
 
 def _last_call(session: weakref.ref[Session], log: weakref.ref[Receiver]) -> None:

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from probe import ranks, sketch
+from probe import ranks
 from probe.calls import Call, Receiver
-from probe.capture import Capture, Embedding, Histogram, Image, Kind, Layer, ParameterKind, Scalar, Shown, Summary
+from probe.capture import Capture, Embedding, Histogram, Image, Kind, Layer, ParameterKind, Scalar, Summary
 from probe.hooks import after_backward
-from probe.observers import quiet, tensor_taker
+from probe.observers import Joint, quiet, tensor_taker
 from probe.ranks import Norm, Part
 from probe.sketch import Sketch
-from probe.summary import Statistic, draw_all, forget_drawn
+from probe.summary import draw_all, forget_drawn
+from probe.tally import Tally, described
 from probe.tree import snapshot
 
 if TYPE_CHECKING:
@@ -42,142 +43,6 @@ class Parameters:
                     name = f"{layer.name}.{key}" if layer.name else key
                     groups = int(getattr(layer.module, "groups", 1))
                     self.found[id(parameter)] = (name, parameter, layer.module_type, groups)
-
-
-class _Step:
-    """What the summaries yielded in one step, by mode and tag; what has the same tag is merged.
-
-    A step may last long (a whole evaluation): what is kept does not grow with what is added.
-    """
-
-    SUMS = 8
-
-    def __init__(self) -> None:
-        self.scalars: dict[tuple[str, str], tuple[Any, int]] = {}  # sum and count
-        self.statistics: dict[tuple[str, str], tuple[Sketch, str]] = {}
-        self.histograms: dict[tuple[str, str], Sketch] = {}
-        self.norms: dict[tuple[str, str], Norm] = {}
-        self.images: dict[tuple[str, str], torch.Tensor] = {}
-        self.embeddings: dict[tuple[str, str], Embedding] = {}
-        self.parts: dict[tuple[str, str], Part] = {}  # what ranks hold of it; OWN where nothing is said
-        self._sums: dict[tuple[int, int], tuple[Sketch, Sketch, Sketch]] = {}
-
-    def __bool__(self) -> bool:
-        return any((self.scalars, self.statistics, self.histograms, self.norms, self.images, self.embeddings))
-
-    def add(self, mode: str, prefix: str, item: Shown, part: Part = Part.OWN) -> None:
-        """Merge what a summary yielded.
-
-        Raises:
-            TypeError, ValueError: it can't be shown.
-        """
-        key = (mode, f"{prefix}/{getattr(item, 'tag', '')}")
-        if part is not Part.OWN:
-            self.parts[key] = part
-        match item:
-            case Scalar(value=Norm() as norm):
-                self.norms[key] = norm
-            case Scalar(value=Statistic() as value):
-                before = self.statistics.get(key)
-                total = value.sketch if before is None else self._plus(before[0], value.sketch)
-                self.statistics[key] = (total, value.name)
-            case Scalar():
-                number, (total, count) = _number(item), self.scalars.get(key, (None, 0))
-                self.scalars[key] = (number if total is None else _sum(total, number), count + 1)
-            case Histogram():
-                drawn = _sketched(item)
-                if drawn is not None:
-                    held = self.histograms.get(key)
-                    self.histograms[key] = drawn if held is None else self._plus(held, drawn)
-            case Image():
-                if not isinstance(item.value, torch.Tensor) or not 2 <= item.value.dim() <= 4 or not item.value.numel():
-                    raise TypeError(f"Image({item.tag!r}, ...) takes a tensor [C, H, W], not {_described(item.value)}")
-                self.images[key] = item.value
-            case Embedding():
-                if not isinstance(item.value, torch.Tensor) or item.value.dim() != 2 or not item.value.numel():
-                    raise TypeError(f"Embedding({item.tag!r}, ...) takes a tensor [N, F], not {_described(item.value)}")
-                if item.labels is not None and len(item.labels) != len(item.value):
-                    raise ValueError(f"Embedding({item.tag!r}): {len(item.value)} points, {len(item.labels)} labels")
-                self.embeddings[key] = item
-            case _:
-                raise TypeError(f"a summary yields Scalar, Histogram, Image and Embedding, not {_described(item)}")
-
-    def _plus(self, a: Sketch, b: Sketch) -> Sketch:
-        """``a + b``, once for all tags that share the two sketches; these come soon after one another."""
-        pair = (id(a), id(b))
-        if pair not in self._sums:
-            if len(self._sums) == self.SUMS:
-                del self._sums[next(iter(self._sums))]
-            self._sums[pair] = (a, b, a + b)  # a and b are held, so that their ids stay theirs
-        return self._sums[pair][2]
-
-    def fetch(self) -> Callable[[], dict[str, list[Any]]]:
-        """Start one copy of everything to the host; the function waits for it and gives the items by mode."""
-        plain = {key: total if count == 1 else total / count for key, (total, count) in self.scalars.items()}
-        plain.update({key: norm.value() for key, norm in self.norms.items()})
-        drawn = {id(each): each for each in [*(s for s, _ in self.statistics.values()), *self.histograms.values()]}
-        values: list[Any] = [*plain.values(), *self.images.values(), *drawn.values()]
-        values += [each.value for each in self.embeddings.values()]
-        copy = sketch.fetch(values)
-
-        def items() -> dict[str, list[Any]]:
-            host = iter(copy.result())
-            found: dict[str, list[Any]] = {}
-            for mode, tag in plain:
-                found.setdefault(mode, []).append(Scalar(tag, next(host)))
-            pictures = [(mode, Image(tag, next(host))) for mode, tag in self.images]
-            here = {key: next(host) for key in drawn}
-            for (mode, tag), (each, name) in self.statistics.items():
-                found.setdefault(mode, []).append(Scalar(tag, float(Statistic(here[id(each)], name))))
-            for (mode, tag), each in self.histograms.items():
-                found.setdefault(mode, []).append(Histogram(tag, here[id(each)]))
-            for mode, picture in pictures:
-                found.setdefault(mode, []).append(picture)
-            for (mode, tag), point in self.embeddings.items():
-                found.setdefault(mode, []).append(Embedding(tag, next(host), point.labels))
-            return found
-
-        return items
-
-
-def _number(item: Scalar) -> Any:
-    """The number of a scalar: a float, or a 0-dim tensor where it is."""
-    value = item.value
-    if isinstance(value, torch.Tensor):
-        if value.numel() != 1 or value.is_complex():
-            raise ValueError(f"Scalar({item.tag!r}, ...) is one real number, not {_described(value)}")
-        return value.reshape(())
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"Scalar({item.tag!r}, ...) is one real number, not {_described(value)}") from None
-
-
-def _sketched(item: Histogram) -> Sketch | None:
-    if isinstance(item.value, Sketch):
-        return item.value
-    try:
-        numbers = torch.as_tensor(item.value)
-    except (TypeError, ValueError, RuntimeError):
-        text = f"Histogram({item.tag!r}, ...) takes a tensor, numbers or a Sketch, not {_described(item.value)}"
-        raise TypeError(text) from None
-    return sketch.of(numbers)
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
-    return f"{value!r:.80} ({type(value).__name__})"
-
-
-def _sum(a: Any, b: Any) -> Any:
-    """``a + b`` in double precision, on the device where a tensor among them is."""
-    if not isinstance(a, torch.Tensor) or (isinstance(b, torch.Tensor) and a.device.type == "cpu"):
-        a, b = b, a
-    if not isinstance(a, torch.Tensor):
-        return a + b
-    wide = torch.float32 if a.device.type == "mps" else torch.float64
-    return a.to(wide) + (b.to(a.device, wide) if isinstance(b, torch.Tensor) else b)
 
 
 class Log(Receiver):
@@ -229,7 +94,7 @@ class Log(Receiver):
         self._left = False
         self._last_backward = -1
         self._parameters = parameters
-        self._steps: dict[int, _Step] = {}
+        self._steps: dict[int, Tally] = {}
         self._lock = threading.Lock()
         self._before: dict[int, torch.Tensor] = {}
 
@@ -274,10 +139,10 @@ class Log(Receiver):
             try:
                 shown = summary(capture)
                 if shown is not None and not isinstance(shown, Iterable):
-                    raise TypeError(f"a summary yields what it shows, or returns a list of it, not {_described(shown)}")
+                    raise TypeError(f"a summary yields what it shows, or returns a list of it, not {described(shown)}")
                 items = list(shown or ())
                 with self._lock:
-                    step = self._steps.setdefault(capture.step, _Step())
+                    step = self._steps.setdefault(capture.step, Tally())
                     for item in items:
                         step.add(mode, prefix, item, part)
             except Exception as error:
@@ -366,7 +231,7 @@ class Log(Receiver):
 
     def _add(self, step: int, prefix: str, item: Any, part: Part = Part.WHOLE) -> None:
         with self._lock:
-            self._steps.setdefault(step, _Step()).add("train", prefix, item, part)
+            self._steps.setdefault(step, Tally()).add("train", prefix, item, part)
 
     def _of(self, optimizer: Any) -> list[tuple[int, tuple[str, torch.Tensor, type, int]]]:
         own = [id(p) for group in optimizer.param_groups for p in group["params"]]
@@ -419,7 +284,7 @@ class Log(Receiver):
     def _merges(self) -> bool:
         return not self._per_rank and ranks.several()
 
-    def _send(self, number: int, step: _Step) -> None:
+    def _send(self, number: int, step: Tally) -> None:
         run = f"rank{ranks.rank()}" if self._per_rank else ""
         with quiet():
             if self._merges():
@@ -441,7 +306,41 @@ class Log(Receiver):
             self.writer.submit(number, lambda mode=mode: of(mode), run=_run(mode, run))
 
 
-def _keys(step: _Step) -> list[tuple[str, str]]:
+def check(writer: Any, summaries: tuple[Any, ...], every: Any, on_error: str, *, silent: bool) -> None:
+    """Refuse arguments of ``Probe.log`` that are none; `silent`: on this rank nothing is written."""
+    if not (hasattr(writer, "add_scalar") or (silent and writer is None)):
+        raise TypeError(f"log writes to a Board or a SummaryWriter, not {type(writer).__name__}: p.log(board, stats)")
+    if not summaries:
+        raise TypeError("log needs at least one summary: p.log(board, stats, histogram)")
+    for summary in summaries:
+        if not callable(summary) and not isinstance(summary, Joint):
+            raise TypeError(f"{summary!r} is no summary: give functions from a Capture to things to show")
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"every={every!r}: give a whole number of at least 1")
+    if on_error not in ("raise", "warn"):
+        raise ValueError(f"on_error={on_error!r}: use 'raise' or 'warn'")
+
+
+def by_kind(
+    summaries: tuple[Summary, ...], kinds: Any, of_probe: Kind | None, with_parameters: bool
+) -> dict[Any, list[Summary]]:
+    """Which summaries get which kinds of captures."""
+    asked: set[Any] = set()
+    for each in kinds:
+        if not isinstance(each, (Kind, ParameterKind)):
+            raise TypeError(f"kinds={each!r}: give Kind and ParameterKind members, combined with | or in a list")
+        asked.update(each)
+    usual = set(of_probe or Kind.OUTPUT | Kind.GRAD_OUTPUT) | (set(ParameterKind) if with_parameters else set())
+    wanted: dict[Any, list[Summary]] = {}
+    for summary in summaries:
+        declared = getattr(summary, "kinds", None)
+        own = usual if declared is None else set(declared)
+        for kind in own & asked if asked and declared is not None else asked or own:
+            wanted.setdefault(kind, []).append(summary)
+    return wanted
+
+
+def _keys(step: Tally) -> list[tuple[str, str]]:
     return [*step.scalars, *step.statistics, *step.histograms, *step.norms, *step.images, *step.embeddings]
 
 
