@@ -123,7 +123,7 @@ def explainer(library: str, method: str, work: Work, model: nn.Module, layer: nn
 
 
 def oracle(method: str, model: nn.Module, name: str, x: Tensor) -> Tensor | None:
-    """Raw maps by autograd on the model cut by hand; None where the cut, or the method, is not written here."""
+    """Raw maps by autograd on the model cut by hand; None where the method is not written here."""
     if name == "resnet18":
         stem = nn.Sequential(*list(model.children())[:8])
         value, head = stem(x).detach(), lambda a: model.fc(a.mean((2, 3)))
@@ -135,10 +135,11 @@ def oracle(method: str, model: nn.Module, name: str, x: Tensor) -> Tensor | None
     elif name == "convnext_tiny":
         value, head = model.features(x).detach(), lambda a: model.classifier(a.mean((2, 3), keepdim=True))
     else:
-        return None
+        value, head = cut_vit(model, x)
     value = value.requires_grad_()
-    g = torch.autograd.grad(head(value)[:, 0].sum(), value)[0].double()
-    a, total = value.detach().double(), value.detach().double().sum((2, 3), keepdim=True)
+    pair = value.detach(), torch.autograd.grad(head(value)[:, 0].sum(), value)[0]
+    a, g = (tokens_to_map(each).double() if name == "vit_b_16" else each.double() for each in pair)
+    total = a.sum((2, 3), keepdim=True)
     alpha = torch.where(g == 0, 0.0, g**2 / torch.where(g == 0, 1.0, 2 * g**2 + total * g**3))
     weights = {
         "grad_cam": g.mean((2, 3), keepdim=True),
@@ -148,6 +149,20 @@ def oracle(method: str, model: nn.Module, name: str, x: Tensor) -> Tensor | None
         "hires_cam": g,
     }
     return (weights[method] * a).sum(1) if method in weights else None
+
+
+@torch.no_grad()
+def cut_vit(model: nn.Module, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """What the last block's first norm returns, and the network from there on."""
+    last = model.encoder.layers[-1]
+    tokens = torch.cat([model.class_token.expand(len(x), -1, -1), model._process_input(x)], 1)
+    before = model.encoder.layers[:-1](tokens + model.encoder.pos_embedding)
+
+    def head(a: Tensor) -> Tensor:
+        y = before + last.self_attention(a, a, a, need_weights=False)[0]
+        return model.heads(model.encoder.ln(y + last.mlp(last.ln_2(y)))[:, 0])
+
+    return last.ln_1(before), head
 
 
 def shown(maps: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -233,6 +248,8 @@ def measure(library: str, method: str, work: Work, seconds: float, least: int) -
         return None
     row: dict[str, Any] = {}
     expected, maps = oracle(method, model, work.model, x), theirs()
+    if maps.dim() != 3:
+        raise ValueError(f"returns {tuple(maps.shape)}, no map [B, h, w]")
     if expected is not None:
         size = tuple(maps.shape[1:])
         row["error"] = float((shown(maps, size) - shown(expected, size)).abs().max())
