@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from probe import Kind, NoSuchLayer, Probe, ProbeWarning, cam
+from probe import Kind, NoSuchLayer, Probe, cam
 
 LAYER_METHODS: dict[str, Callable[..., Tensor]] = {
     "cam": cam.cam,
@@ -507,15 +507,18 @@ def test_maths_under_autocast_is_exact_on_stored_tensors() -> None:
 
 
 @quiet
-def test_a_compiled_model_runs_eagerly_and_says_so() -> None:
+@pytest.mark.parametrize("method", [cam.grad_cam, cam.ablation_cam, cam.score_cam, cam.guided_grad_cam])
+def test_a_compiled_model_runs_eagerly_and_says_so_once(method: Callable[..., Tensor]) -> None:
     model, x, layer = model_for("grad_cam")
-    expected = cam.explain(model, x, layer=layer, target=1)
+    expected = cam.explain(model, x, layer=layer, target=1, method=method)
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         compiled(x)
-    with pytest.warns(ProbeWarning, match="compiled"):
-        found = cam.explain(compiled, x, layer=layer, target=1)
-    torch.testing.assert_close(found, expected)
+    with pytest.warns(UserWarning, match="compiled; it runs eagerly") as caught:
+        found = cam.explain(compiled, x, layer=layer, target=1, method=method, batch_size=2)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    said = [each for each in caught if "compiled" in str(each.message)]
+    assert [each.filename for each in said] == [__file__]
 
 
 class Backbone(nn.Module):

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from probe.cam.state import untouched, warn, warn_if_training
 from probe.cam.targets import Classes, Score
 from probe.cam.tell import tell
 from probe.capture import Kind
+from probe.core import ProbeWarning
 
 Method = Callable[..., Tensor]
 Target = int | Sequence[int] | Tensor | Score | None
@@ -83,7 +85,9 @@ def explain(
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain takes an nn.Module, not {type(model).__name__}")
     several = isinstance(layer, (list, tuple))
-    with _quietly(model, tree.input_leaves(inputs, inputs_by_name)):
+    with _quietly(model, tree.input_leaves(inputs, inputs_by_name)) as compiled:
+        if compiled:
+            warn("the model is compiled; it runs eagerly while it is explained, because hooks do not fire in its code")
         run = Run(model, inputs, inputs_by_name, target, batch_size)
         warn_if_training(run.every, "explaining")
         if needs & LAYERLESS and "activation" not in needs:
@@ -145,12 +149,16 @@ def requirements(method: Method) -> frozenset[str]:
 
 
 @contextlib.contextmanager
-def _quietly(model: nn.Module, inputs: list[tuple[str, Tensor]]) -> Iterator[None]:
+def _quietly(model: nn.Module, inputs: list[tuple[str, Tensor]]) -> Iterator[bool]:
+    """Leave the model as it was, and run it eagerly: whether that is not what it would do."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(untouched(model, [tensor for _, tensor in inputs]))
-        if select.is_compiled(model):  # the probe says so
+        compiled = select.is_compiled(model)
+        if compiled:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore", ProbeWarning)  # each probe would say so
+        yield compiled
 
 
 def _look(

@@ -34,11 +34,12 @@ def grad_cam(activation: Tensor, gradient: Tensor) -> Tensor:
     """Grad-CAM: Σ_k mean(g_k) A_k.
 
     Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization", ICCV 2017
-    (arXiv:1610.02391), before its ReLU.
+    (arXiv:1610.02391), before its ReLU; captum leaves that out by default too. Where an in-place operation follows the
+    layer, grad-cam and torch-cam read the overwritten activation.
 
     Arguments:
         activation, gradient: ``[B, C, *spatial]``; what a `Probe` stored will do: ``p["layer4"].output``,
-            ``p["layer4"].grad_output``.
+            ``p["layer4"].grad_output`` (tokens through ``cam.Layout("tokens", ...).channels_first`` first).
 
     Returns:
         ``[B, *spatial]``.

@@ -17,7 +17,8 @@ def guided_grad_cam(activation: Tensor, gradient: Tensor, guided_gradient: Tenso
 
     Selvaraju et al. (see `grad_cam`), section 3.2, with Springenberg et al., "Striving for Simplicity"
     (arXiv:1412.6806). Guided back-propagation reconstructs edges whatever the class (Adebayo et al., "Sanity Checks
-    for Saliency Maps"): sharp, and not to be trusted for *why*.
+    for Saliency Maps"): sharp, and not to be trusted for *why*. Others replace the model's ReLU modules for it, and
+    miss those that are called as functions.
 
     Arguments:
         activation, gradient: ``[B, C, *spatial]``.
@@ -38,7 +39,8 @@ def full_grad(full_gradients: Sequence[Tensor], size: tuple[int, ...]) -> Tensor
 
     Srinivas and Fleuret, "Full-Gradient Representation for Neural Network Visualization", NeurIPS 2019
     (arXiv:1905.00780). ψ is the authors': absolute value, min-max over each sample, bilinear enlargement to the
-    input. In a network of ReLUs the terms themselves (before ψ) add up to the score exactly.
+    input; pytorch-grad-cam scales every channel by itself, so that weak ones count in full. In a network of ReLUs the
+    terms themselves (before ψ) add up to the score exactly.
 
     Arguments:
         full_gradients: the terms, ``[B, C, *spatial]`` each: input times gradient, then bias times gradient of every
