@@ -76,13 +76,13 @@ def checks(
     peaked: float = 0.9,
     overflow: float = 0.5,
     underflow: float = 0.5,
-    vanishing: float = 1e-4,
+    vanishing: float = 1e-5,
     exploding: float = 1e4,
     alike: float = 1e-6,
-    update_high: float = 0.3,
+    update_high: float = 1.0,
     update_low: float = 1e-7,
     rounded: float = 0.95,
-    lag: float = 4.0,
+    lag: float = 8.0,
     spike: float = 0.5,
 ) -> list[Check]:
     """Every check, for ``Probe(model, observers=...)`` and ``p.log``.
@@ -101,8 +101,8 @@ def checks(
         exploding: greatest one (likewise).
         alike: relative difference between rows of a weight and of its gradient that counts as none
             (`symmetric_weights`; Goodfellow et al. 2016).
-        update_high: greatest ratio of an update to its weight (`update_sizes`; CS231n: should be near 1e-3).
-        update_low: least one (likewise).
+        update_high: greatest ratio of an update to the first weight (`update_sizes`; CS231n: should be near 1e-3).
+        update_low: least ratio of an update to the weight (likewise).
         rounded: share of a half precision weight that updates may not change (`stuck_parameters`; Zamirai et al. 2020).
         lag: how many times BatchNorm's running variance the batch's may be (`batch_norm`; Wu & Johnson 2021).
         spike: share of what was gained that a jump of the loss may undo (`loss_spikes`; Chowdhery et al. 2022).

@@ -108,7 +108,7 @@ EXPLODING = replace(
 LAST = 3  # layers that stand for the end of the path: one alone may have a gradient of its own kind
 
 
-def gradient_flow(*, vanishing: float = 1e-4, exploding: float = 1e4, window: int = 3) -> Check:
+def gradient_flow(*, vanishing: float = 1e-5, exploding: float = 1e4, window: int = 3) -> Check:
     """Gradients that vanish or explode on their way back: the ratio of their norms along the path.
 
     At every place in the order of layers it compares the gradients at the outputs before it with those after it: all

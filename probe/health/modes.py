@@ -117,7 +117,7 @@ DIVERGING = replace(
 
 
 def batch_norm(
-    *, momentum: float = 1e-3, lag: float = 4.0, shift: float = 3.0, scale: float = 10.0, window: int = 3
+    *, momentum: float = 1e-4, lag: float = 8.0, shift: float = 3.0, scale: float = 10.0, window: int = 3
 ) -> Check:
     """BatchNorm with a batch of one, and statistics that stand still, run away, or are of other data.
 

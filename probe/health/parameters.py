@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from probe.capture import Kind, ParameterKind
@@ -27,16 +27,19 @@ TOO_SMALL = Rule(
 )
 
 
-def update_sizes(*, high: float = 0.3, low: float = 1e-7, window: int = 5) -> Check:
+def update_sizes(*, high: float = 1.0, low: float = 1e-7, window: int = 5) -> Check:
     """Weights whose updates are far too large or too small beside them: the ratio of norms, which should be near 1e-3.
 
-    Of tensors of two dimensions or more that do not start at zero. Too small is judged only while the learning rate
-    stands still, so that a warm-up or a decay to zero is no finding. Where half of a param group is concerned the group
-    is named.
+    Of tensors with two dimensions or more longer than 1, that do not start at zero. Too large is a ratio to the weights
+    as they were in the first step: later they are as large as the updates made them. Where half of a param group is
+    concerned the group is named. One weight alone has to be three times beyond the upper limit, as a normalisation
+    after it may make its scale of no consequence, or a hundred times beyond the lower one, as a branch may be meant to
+    be quiet. Too small is judged only while the learning rate stands still, so that a warm-up or a decay to zero is no
+    finding.
 
     Arguments:
-        high: the greatest ratio of update to weight, the median of `window` steps.
-        low: the least one.
+        high: the greatest ratio of update to first weight, the median of `window` steps.
+        low: the least ratio of update to weight, likewise.
         window: steps.
 
     Source: Karpathy, CS231n, "Ratio of weights:updates".
@@ -44,42 +47,48 @@ def update_sizes(*, high: float = 0.3, low: float = 1e-7, window: int = 5) -> Ch
 
     def judge(seen: Sequence[Step]) -> Iterator[Finding]:
         step = seen[-1]
-        ratios = {name: ratio for name in step.parameters if (ratio := _median_ratio(name, seen)) is not None}
+        large = _ratios(seen, lambda p: p.first_norm)
+        yield from _beyond(TOO_LARGE, {name: ratio / high for name, ratio in large.items()}, high, 3, step)
+        small = _ratios(seen, lambda p: 0.0 if p.value is None else p.value.norm)
         still = {group for group, rate in step.rates.items() if all(each.rates.get(group) == rate for each in seen)}
-        large = {name: ratio for name, ratio in ratios.items() if ratio > high}
-        small = {
-            name: r for name, r in ratios.items() if 0 < r < low and still.issuperset(step.parameters[name].groups)
-        }
-        yield from _grouped(TOO_LARGE, large, ratios, high, step)
-        yield from _grouped(TOO_SMALL, small, ratios, low, step)
+        inverse = {name: low / r for name, r in small.items() if r and still.issuperset(step.parameters[name].groups)}
+        yield from _beyond(TOO_SMALL, inverse, low, 100, step)
 
     return Check("update size", judge, (ParameterKind.VALUE | ParameterKind.UPDATE,), window)
 
 
-def _median_ratio(name: str, seen: Sequence[Step]) -> float | None:
-    records = [each.parameters[name] for each in seen if name in each.parameters]
-    ratios = [
-        p.update.norm / p.value.norm
-        for p in records
-        if len(p.shape) >= 2 and p.update is not None and p.value is not None and p.value.norm and p.first_norm
-    ]
-    return statistics.median(ratios) if len(ratios) == len(seen) else None
+def _ratios(seen: Sequence[Step], of: Callable[[ParameterRecord], float]) -> dict[str, float]:
+    """For each weight the median over the steps of its updates' norms, relative to the norm that `of` gives."""
+    found = {}
+    for name, p in seen[-1].parameters.items():
+        records = [each.parameters[name] for each in seen if name in each.parameters]
+        ratios = [r.update.norm / of(r) for r in records if r.update is not None and r.first_norm and of(r)]
+        if len(ratios) == len(seen) and sum(size > 1 for size in p.shape) >= 2:
+            found[name] = statistics.median(ratios)
+    return found
 
 
-def _grouped(
-    rule: Rule, found: dict[str, float], measured: dict[str, float], limit: float, step: Step
-) -> Iterator[Finding]:
-    """One finding for a param group half of which is concerned, and one for each other parameter."""
-    what = "norm of an update, as a ratio to the norm of the weights"
+def _beyond(rule: Rule, excess: dict[str, float], limit: float, alone: float, step: Step) -> Iterator[Finding]:
+    """One finding for a param group half of which is beyond the limit, and one for others that are far beyond it.
+
+    Arguments:
+        excess: by name, how many times the limit a weight is beyond it; 1 or less is well.
+        alone: how many times it has to be for one weight alone.
+    """
+    sign = 1 if rule is TOO_LARGE else -1
+    what = f"norm of an update, as a ratio to the norm of the {'first ' if sign > 0 else ''}weights"
+    left = dict(excess)
     for group, rate in step.rates.items():
-        own = [name for name in measured if group in step.parameters[name].groups]
-        bad = sorted((name for name in own if name in found), key=lambda name: -found[name])
+        own = [name for name in excess if group in step.parameters[name].groups]
+        bad = sorted((name for name in own if excess[name] > 1), key=lambda name: -excess[name])
         if len(bad) >= 2 and 2 * len(bad) >= len(own):
-            median = statistics.median(found.pop(name) for name in bad)
+            median = statistics.median(left.pop(name) for name in bad)
             details = f"{len(bad)} of {len(own)} weights: {shown(bad)}"
-            yield rule.broken(step, group, what, median, limit, details, f"learning rate {rate:.3g}")
-    for name, ratio in found.items():
-        yield rule.broken(step, step.parameters[name].layer, what, ratio, limit, f"parameter {name!r}")
+            yield rule.broken(step, group, what, limit * median**sign, limit, details, f"learning rate {rate:.3g}")
+    for name, times in left.items():
+        if times > alone:
+            measured, bound = limit * times**sign, limit * alone**sign
+            yield rule.broken(step, step.parameters[name].layer, what, measured, bound, f"parameter {name!r}")
 
 
 ROUNDED = Rule(
