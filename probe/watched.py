@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import threading
@@ -176,13 +177,17 @@ class Model(Receiver):
     def stepping(self, optimizer: Optimizer) -> None:
         """An optimizer that it follows is about to step."""
         self._last_update = self.watch.updates
+        probe, last = self._probe, self._options.until_step
+        if probe is not None and optimizer is probe._session.optimizers[0] and (last is None or probe.steps <= last):
+            self._others.clear()
+            return
         with self._careful():
             self._stop_after_last()
             if self._probe is None and not self.over:
                 self._wake([optimizer])
             if self._probe is None or optimizer is self._probe._session.optimizers[0]:
-                self._others.clear()
-            elif id(optimizer) not in self._others:
+                return
+            if id(optimizer) not in self._others:
                 self._others.add(id(optimizer))
             else:  # the first one does not step any more, or less often
                 self._others.clear()
@@ -236,7 +241,8 @@ class Model(Receiver):
         if self._options.findings:
             probe.log(self._board, *health.checks(), **alone)
         session = probe._session
-        session.receivers = [*(_Guarded(each, self.give_up) for each in session.receivers), self]
+        every = self._options.every if optimizers else 1  # gradients of a pass may come when others have been
+        session.receivers = [*(_Guarded(each, every, self.give_up) for each in session.receivers), self]
         session.count_from(self.steps)
         session.rest()
         if self._activations:
@@ -332,10 +338,15 @@ class Model(Receiver):
 
 
 class _Guarded(Receiver):
-    """Passes on what it is told, and what the other raises not to the script but to `fail`."""
+    """Passes on what it is told, and what the other raises not to the script but to `fail`.
 
-    def __init__(self, receiver: Receiver, fail: Callable[[Exception], None]) -> None:
+    Of steps that are not observed the other is not told, so that they cost next to nothing: only the end of the first
+    one, which comes after what was late for an observed one.
+    """
+
+    def __init__(self, receiver: Receiver, every: int, fail: Callable[[Exception], None]) -> None:
         self._receiver = receiver
+        self._every = every
         self._fail = fail
 
     def active(self, step: int) -> bool:
@@ -343,37 +354,37 @@ class _Guarded(Receiver):
 
     def taker(self, layer: Layer, kind: Kind) -> Callable[..., None] | None:
         take = self._receiver.taker(layer, kind)
-        return None if take is None else self._guarded(take)
+        return None if take is None else functools.partial(self._call, take)
 
     def bound(self, idle: bool) -> None:
-        self._guarded(self._receiver.bound)(idle)
+        self._call(self._receiver.bound, idle)
 
     def begin(self, pass_: Pass) -> None:
-        self._guarded(self._receiver.begin)(pass_)
+        self._call(self._receiver.begin, pass_)
 
     def before_step(self, optimizer: Any, step: int) -> None:
-        self._guarded(self._receiver.before_step)(optimizer, step)
+        if step % self._every == 0:
+            self._call(self._receiver.before_step, optimizer, step)
 
     def after_step(self, optimizer: Any, step: int) -> None:
-        self._guarded(self._receiver.after_step)(optimizer, step)
+        if step % self._every == 0:
+            self._call(self._receiver.after_step, optimizer, step)
 
     def end_step(self, step: int, *, stepped: bool) -> None:
-        self._guarded(self._receiver.end_step)(step, stepped=stepped)
+        if step % self._every <= 1:
+            self._call(self._receiver.end_step, step, stepped=stepped)
 
     def leave(self, error: BaseException) -> None:
-        self._guarded(self._receiver.leave)(error)
+        self._call(self._receiver.leave, error)
 
     def close(self) -> None:
-        self._guarded(self._receiver.close)()
+        self._call(self._receiver.close)
 
-    def _guarded(self, function: Callable[..., None]) -> Callable[..., None]:
-        def call(*args: Any, **kwargs: Any) -> None:
-            try:
-                function(*args, **kwargs)
-            except Exception as error:
-                self._fail(error)
-
-        return call
+    def _call(self, function: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except Exception as error:
+            self._fail(error)
 
 
 def is_traced() -> bool:
