@@ -13,14 +13,9 @@ weights, on the CPU; GPUs are not measured here.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
 import gc
-import importlib.metadata
-import io
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,7 +24,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import command
+from benchmarks import apart, command
 from benchmarks.command import Results, progress
 from benchmarks.timing import Ratio, compare
 from probe import cam
@@ -261,64 +256,52 @@ def measure(library: str, method: str, work: Work, seconds: float, least: int) -
 
 
 def worker(order: dict[str, Any]) -> None:
-    """Do what an order says, and print the rows that came of it as JSON."""
-    work = Work(*order["work"])
+    """Do what an order says, method by method."""
+    work, library, what = Work(*order["work"]), order["library"], order["what"]
     torch.set_num_threads(order["threads"])
-    library, rows = order["library"], []
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        for method in order["methods"]:
-            try:
-                if order["what"] == "memory":
-                    row: Any = {"peak": memory(library, method, work)}
-                elif order["what"] == "left":
-                    row = {"left": left_behind(library, method, work)}
-                else:
-                    row = measure(library, method, work, order["seconds"], order["least"])
-            except Exception as error:
-                row = {"failed": f"{type(error).__name__}: {error}"[:100]}
-            rows.append(row)
-    print(json.dumps(rows))
+
+    def row(method: str) -> dict[str, Any] | None:
+        if what == "memory":
+            return {"peak": memory(library, method, work)}
+        if what == "left":
+            return {"left": left_behind(library, method, work)}
+        return measure(library, method, work, order["seconds"], order["least"])
+
+    apart.answer(row, order["tasks"])
 
 
-def ask(work: Work, methods: Sequence[str], **order: Any) -> list[Any]:
-    """A worker's rows; ``{"failed": why}`` for each where it died."""
-    line = json.dumps({"work": work, "methods": methods, **order})
-    words = [sys.executable, "-W", "ignore", "-m", "benchmarks.cam", "--worker", line]
-    done = subprocess.run(words, capture_output=True, text=True)
-    if done.returncode or not done.stdout:
-        return [{"failed": (done.stderr.strip().splitlines() or ["died"])[-1][:100]}] * len(methods)
-    found: list[Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+def ask(work: Work, methods: Sequence[str], *, limit: float, **order: Any) -> list[Any]:
+    """A worker's rows, one a method."""
+    return list(apart.rows("benchmarks.cam", methods, limit, work=work, **order))
 
 
 def version(library: str) -> str | None:
     """The installed version; None if it is missing."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return "" if library == "probe" else importlib.metadata.version(library)
-    return None
+    return "" if library == "probe" else apart.version(library)
 
 
 def rows_of(work: Work, library: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Everything about one library on one model."""
     start = {"model": work.model, "batch": work.batch, "size": work.size, "library": library}
+    order: dict[str, Any] = {"library": library, "limit": options.limit, "threads": options.threads}
+    if library == "forward":
+        return [{**start, "method": "", **ask(work, ["grad_cam"], what="memory", **order)[0]}]
     if version(library) is None:
         return [{**start, "method": "", "failed": f"not installed: pip install {library}"}]
     methods = (*work.methods, *work.errors)
     seconds, least = (2.0, 5) if options.quick else (6.0, 3 if "score_cam" in methods else 7)
-    order = {"library": library, "threads": options.threads, "seconds": seconds, "least": least}
     found = []
-    for method, row in zip(methods, ask(work, methods, what="measure", **order), strict=True):
+    measured = ask(work, methods, what="measure", seconds=seconds, least=least, **order)
+    for method, row in zip(methods, measured, strict=True):
         if row is None:
             continue
         row = {**start, "version": version(library), "method": method, **row}
         if "ratio" in row:
             row["ratio"] = Ratio(**row["ratio"])
-            row |= ask(work, [method], what="memory", **order)[0] if method in ("grad_cam", "score_cam") else {}
-            row |= (
-                ask(work, [method], what="left", **order)[0]
-                if work.model == "resnet18" and method == "grad_cam"
-                else {}
-            )
+            if method in ("grad_cam", "score_cam"):
+                row |= ask(work, [method], what="memory", **order)[0]
+            if work.model == "resnet18" and method == "grad_cam":
+                row |= ask(work, [method], what="left", **order)[0]
         found.append(row)
     return found
 
@@ -336,7 +319,7 @@ def text_of(row: dict[str, Any]) -> str:
 def main(words: Sequence[str] | None = None) -> None:
     parser = command.arguments(__doc__, device=False)
     parser.add_argument("--models", help="only these, with commas between")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    apart.arguments(parser)
     options = parser.parse_args(words)
     if options.worker:
         worker(json.loads(options.worker))
@@ -354,13 +337,7 @@ def main(words: Sequence[str] | None = None) -> None:
         print(f"{'model':13} {'method':12} {'library':8} {'error':>8} {'time / probe':>18} {'peak':>8}  left behind")
         tasks = [(work, library) for work in works for library in ("forward", *LIBRARIES)]
         for work, library in progress(tasks, len(tasks)):
-            if library == "forward":
-                start = {"model": work.model, "batch": work.batch, "size": work.size, "library": "forward"}
-                order = {"library": library, "threads": options.threads, "what": "memory"}
-                rows = [{**start, "method": "", **ask(work, ["grad_cam"], **order)[0]}]
-            else:
-                rows = rows_of(work, library, options)
-            for row in rows:
+            for row in rows_of(work, library, options):
                 kept.add(text_of(row), **row)
 
 

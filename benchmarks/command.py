@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import datetime
 import json
+import shlex
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -22,7 +23,9 @@ T = TypeVar("T")
 
 def arguments(doc: str | None, *, device: bool = True) -> argparse.ArgumentParser:
     """A parser with the options that all commands share."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     if device:
         parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU; 1, because that varies least")
@@ -87,7 +90,7 @@ class Results:
         self._out: Path | None = options.out
         self.kept: dict[str, Any] = {
             "command": command,
-            "line": " ".join(["python", "-m", f"benchmarks.{command}", *_shown(sys.argv[1:])]),
+            "line": shlex.join(["python", "-m", f"benchmarks.{command}", *_shown(sys.argv[1:])]),
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "machine": environment(getattr(options, "device", "cpu")),
             "quick": options.quick,
@@ -120,6 +123,7 @@ class Results:
 
 def _shown(words: list[str]) -> list[str]:
     """The command line without ``--out``, which is no part of how to measure."""
+    words = [word for word in words if not word.startswith("--out=")]
     if "--out" in words:
         at = words.index("--out")
         return words[:at] + words[at + 2 :]

@@ -33,14 +33,12 @@ class Job:
         run: what is timed.
         values: what the last `run` captured. Outputs: by ``(module's name, which call)``. Histograms: by
             ``(parameter's name, "value" or "grad")`` the number of values, the least and the greatest. Maps: by sample.
-        work: whose steps it is compared with, where that is not the model that all share.
-        truth: of what it captures, likewise.
+        work: what it is compared with, where that is not the model that all share.
     """
 
     run: Callable[[], object]
     values: Callable[[], Values]
     work: Work | None = None
-    truth: Callable[[], Values] | None = None
 
 
 Adapter = Callable[[Work], AbstractContextManager[Job]]
@@ -230,7 +228,10 @@ def torchlens_record(work: Work) -> AbstractContextManager[Job]:
 
 
 def transformerlens_cache(work: Work) -> AbstractContextManager[Job]:
-    """``run_with_cache`` of its bridge around a GPT-2 of the same depth, width and input: no other model will do."""
+    """``run_with_cache`` of its bridge around a GPT-2 of the same depth, width and input: no other model will do.
+
+    What it is compared with is that GPT-2 itself: bare, under `probe`, and a copy of every leaf module's output.
+    """
     os.environ["HF_HUB_OFFLINE"] = "1"
     from tokenizers import Tokenizer, models
     from transformer_lens import TransformerBridge
@@ -238,32 +239,54 @@ def transformerlens_cache(work: Work) -> AbstractContextManager[Job]:
 
     ids = {"bos_token_id": 0, "eos_token_id": 0}
     config = GPT2Config(n_layer=6, n_embd=256, n_head=8, n_positions=512, vocab_size=512, **ids)
-    plain = GPT2LMHeadModel(config).eval()
+    plain = Work(GPT2LMHeadModel(config).eval().to(work.device), work.inputs)
     words = Tokenizer(models.WordLevel({str(i): i for i in range(512)}, unk_token="0"))
     special = dict.fromkeys(("unk_token", "pad_token", "bos_token", "eos_token"), "0")
     with tempfile.TemporaryDirectory() as folder:
         PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
         tokens = AutoTokenizer.from_pretrained(folder)
-        twin = GPT2LMHeadModel(config).eval()
-        bridge = TransformerBridge.boot_transformers("gpt2", hf_model=twin, tokenizer=tokens, device=work.device)
+        model = plain.twin().model
+        bridge = TransformerBridge.boot_transformers("gpt2", hf_model=model, tokenizer=tokens, device=work.device)
     held: dict[str, Tensor] = {}
 
     def run() -> None:
         with torch.no_grad():
             held.update(bridge.run_with_cache(work.inputs)[1])
 
-    def truth() -> Values:
-        found: Values = {}
+    return _entered(Job(run, lambda: _of_transformerlens(held, leaf_names(plain.model)), plain))
 
-        def keeper(name: str) -> Callable[..., None]:
-            return lambda value, hook: found.__setitem__((name, 0), value.detach().clone())
 
-        with torch.no_grad():
-            bridge.run_with_hooks(work.inputs, fwd_hooks=[(name, keeper(name)) for name in held])
-        return found
+def _of_transformerlens(held: dict[str, Tensor], names: list[str]) -> Values:
+    """Its cache by the names that transformers gives to GPT-2's modules."""
+    outside = {"wte": "embed", "ln_f": "ln_final", "lm_head": "unembed"}
+    inside = {
+        "ln_1": "ln1.hook_out",
+        "attn.c_proj": "attn.o.hook_out",
+        "attn.resid_dropout": "attn.hook_out",
+        "ln_2": "ln2.hook_out",
+        "mlp.c_fc": "mlp.in.hook_out",
+        "mlp.act": "mlp.hook_post",
+        "mlp.c_proj": "mlp.out.hook_out",
+        "mlp.dropout": "mlp.hook_out",
+    }
 
-    own = Work(plain.to(work.device), work.inputs)
-    return _entered(Job(run, lambda: {(name, 0): x for name, x in held.items()}, own, truth))
+    def value(name: str) -> Tensor:
+        if name == "drop":
+            return held["blocks.0.hook_in"]
+        if name == "wpe":
+            return held["pos_embed.hook_out"][:1]  # handed out once a sample
+        if not name.startswith("h."):
+            return held[f"{outside[name]}.hook_out"]
+        _, block, part = name.split(".", 2)
+        if part == "attn.c_attn":
+            return torch.cat([held[f"blocks.{block}.attn.{each}.hook_out"].flatten(2) for each in "qkv"], 2)
+        return held[f"blocks.{block}.{inside[part]}"]
+
+    found: Values = {}
+    for name in names:
+        with contextlib.suppress(KeyError):  # where it has no hook
+            found[name, 0] = value(name.removeprefix("transformer."))
+    return found
 
 
 # -- histograms of all parameters and their gradients, every training step ---------------------------------------------

@@ -10,7 +10,6 @@ interleaved pairs.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+from benchmarks.apart import version
 from benchmarks.libraries import wandb_watch
 from benchmarks.timing import compare, machine
 from benchmarks.work import Work, prepare
@@ -94,11 +94,12 @@ def observed(folder: str, batch: int, size: int, seconds: float) -> None:
         thread = compare(probed.step, bare.step, seconds=seconds, least=5)
     print(f"observed step, cost by hand / cost by probe, writing included: {hand.beyond / whole.beyond:.1f}")
     print(f"observed step, cost by hand / cost by probe in the training thread: {hand.beyond / thread.beyond:.1f}")
-    with contextlib.suppress(ImportError), wandb_watch(watched) as job:
+    if version("wandb") is None:
+        print("observed step, cost of wandb.watch: not installed: pip install wandb")
+        return
+    with wandb_watch(watched) as job:
         theirs = compare(job.run, bare.step, seconds=seconds, least=3)
-        print(
-            f"observed step, cost of wandb.watch / cost by probe, writing included: {theirs.beyond / whole.beyond:.1f}"
-        )
+    print(f"observed step, cost of wandb.watch / cost by probe, writing included: {theirs.beyond / whole.beyond:.1f}")
 
 
 def every(folder: str, batch: int, size: int, seconds: float) -> None:

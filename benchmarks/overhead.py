@@ -94,8 +94,12 @@ class Run:
         self.counts = count(base.model, base.step, base.device)
 
     def steps(self, every: int) -> int:
-        """How many steps one run of a logging arm has: whole periods, and half a second of them."""
-        return every * max(1, round(min(0.5, self.seconds) / (every * self.step_seconds)))
+        """How many steps one run of a logging arm has: whole periods, and a fifth of a second of bare steps.
+
+        Long enough that flushing once at the end of a run weighs little; short enough that an arm that takes 40 times
+        as long is measured in pairs all the same.
+        """
+        return every * max(1, round(min(0.2, self.seconds) / (every * self.step_seconds)))
 
 
 def measure(task: Task, work: Work, run: Run, found: Results) -> None:

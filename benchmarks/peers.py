@@ -12,21 +12,13 @@ in two.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import importlib.metadata
-import importlib.util
-import io
 import json
-import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import command, libraries
+from benchmarks import apart, command, libraries
 from benchmarks.command import Results, progress
 from benchmarks.libraries import Adapter
 from benchmarks.timing import compare
@@ -34,13 +26,12 @@ from benchmarks.work import prepare
 
 
 class Peer(NamedTuple):
-    """A library's way of doing one kind of work; `package` is what pip calls it, `module` what Python does."""
+    """A library's way of doing one kind of work; `package` is what pip calls it."""
 
     name: str
     work: str
     adapter: Adapter
     package: str | None = None
-    module: str | None = None
     models: tuple[str, ...] = ()
     note: str = ""
 
@@ -49,58 +40,58 @@ PEERS = (
     Peer("probe", "outputs", libraries.probe_attached),
     Peer("probe, entered anew", "outputs", libraries.probe_anew, note="Probe(...) and its with-block in every forward"),
     Peer("reference hook", "outputs", libraries.by_hand, note="by hand; the limit"),
-    Peer("create_feature_extractor", "outputs", libraries.torchvision_extractor, "torchvision", "torchvision"),
-    Peer("captum", "outputs", libraries.captum_activation, "captum", "captum", note="LayerActivation"),
-    Peer("nnsight", "outputs", libraries.nnsight_trace, "nnsight", "nnsight", note="one call of each module"),
-    Peer("pyvene", "outputs", libraries.pyvene_collect, "pyvene", "pyvene", note="CollectIntervention"),
-    Peer("torchlens record", "outputs", libraries.torchlens_record, "torchlens", "torchlens"),
-    Peer("torchlens trace", "outputs", libraries.torchlens_trace, "torchlens", "torchlens", note="and the whole graph"),
+    Peer("create_feature_extractor", "outputs", libraries.torchvision_extractor, "torchvision"),
+    Peer("captum", "outputs", libraries.captum_activation, "captum", note="LayerActivation"),
+    Peer("nnsight", "outputs", libraries.nnsight_trace, "nnsight", note="one call of each module"),
+    Peer("pyvene", "outputs", libraries.pyvene_collect, "pyvene", note="CollectIntervention"),
+    Peer("torchlens record", "outputs", libraries.torchlens_record, "torchlens"),
+    Peer("torchlens trace", "outputs", libraries.torchlens_trace, "torchlens", note="and the whole graph"),
     Peer(
         "TransformerLens",
         "outputs",
         libraries.transformerlens_cache,
         "transformer_lens",
-        "transformer_lens",
         ("gpt",),
-        "run_with_cache on its own GPT-2; more values than modules",
+        "run_with_cache; a GPT-2 of transformers as gpt's stand-in, bare, for probe and for what is true",
     ),
     Peer("probe", "histograms", libraries.probe_log),
-    Peer("add_histogram", "histograms", libraries.summary_writer, "tensorboard", "tensorboard"),
-    Peer("wandb", "histograms", libraries.wandb_watch, "wandb", "wandb", note='watch(log="all", log_freq=1), offline'),
+    Peer("add_histogram", "histograms", libraries.summary_writer, "tensorboard"),
+    Peer("wandb", "histograms", libraries.wandb_watch, "wandb", note='watch(log="all", log_freq=1), offline'),
     Peer("probe", "Grad-CAM", libraries.probe_cam),
-    Peer("grad-cam", "Grad-CAM", libraries.pytorch_grad_cam, "grad-cam", "pytorch_grad_cam"),
-    Peer("torchcam", "Grad-CAM", libraries.torchcam_grad_cam, "torchcam", "torchcam"),
-    Peer("captum", "Grad-CAM", libraries.captum_grad_cam, "captum", "captum", note="LayerGradCam"),
+    Peer("grad-cam", "Grad-CAM", libraries.pytorch_grad_cam, "grad-cam"),
+    Peer("torchcam", "Grad-CAM", libraries.torchcam_grad_cam, "torchcam"),
+    Peer("captum", "Grad-CAM", libraries.captum_grad_cam, "captum", note="LayerGradCam"),
 )
 MODELS = {"outputs": ("resnet18", "gpt", "mlp200"), "histograms": ("resnet18", "mlp200"), "Grad-CAM": ("resnet18",)}
-QUICK = {"outputs": ("resnet18",), "histograms": ("resnet18",), "Grad-CAM": ("resnet18",)}
 
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = command.arguments(__doc__)
     parser.add_argument("--peers", help="only these, with commas between (and probe)")
-    parser.add_argument("--models", help="only these, with commas between: resnet18,gpt,mlp200")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--models", help="only these, with commas between: resnet18,gpt,mlp200 (resnet18 with --quick)")
+    apart.arguments(parser)
     options = parser.parse_args(words)
     if options.worker:
         worker(json.loads(options.worker))
         return
     names = list(dict.fromkeys(peer.name for peer in PEERS))
     chosen = _listed(options.peers, names, "--peers")
-    models = _listed(options.models, list(MODELS["outputs"]), "--models")
+    models = _listed(options.models, list(MODELS["outputs"][: 1 if options.quick else None]), "--models")
+    tasks = [
+        (peer.name, peer.work, model)
+        for peer in PEERS
+        if peer.name in chosen
+        for model in MODELS[peer.work]
+        if model in models and (not peer.models or model in peer.models)
+    ]
+    if not tasks:
+        raise SystemExit(f"nothing to measure: none of {', '.join(chosen)} on {', '.join(models)}")
     command.start(options)
     with Results("peers", options, device=options.device) as found:
         print(f"{'work':11} {'model':9} {'library':25} {'/ bare':>24} {'/ probe':>24} {'true':>9}  note")
-        tasks = [
-            (peer.name, peer.work, model)
-            for peer in PEERS
-            if peer.name in chosen
-            for model in (QUICK if options.quick else MODELS)[peer.work]
-            if model in models and (not peer.models or model in peer.models)
-        ]
-        modules = list(dict.fromkeys(_peer(*task[:2]).module for task in tasks))
-        for module in progress(modules, len(modules)):
-            run(module, [task for task in tasks if _peer(*task[:2]).module == module], options, found)
+        packages = list(dict.fromkeys(_peer(*task[:2]).package for task in tasks))
+        for package in progress(packages, len(packages)):
+            run(package, [task for task in tasks if _peer(*task[:2]).package == package], options, found)
 
 
 def _listed(text: str | None, known: list[str], option: str) -> list[str]:
@@ -120,49 +111,30 @@ def _peer(name: str, work: str) -> Peer:
 Task = tuple[str, str, str]  # a peer's name, the work, the model
 
 
-def run(module: str | None, tasks: list[Task], options: Any, found: Results) -> None:
+def run(package: str | None, tasks: list[Task], options: Any, found: Results) -> None:
     """All rows of one library, measured in a process of its own."""
-    if module is not None and not importlib.util.find_spec(module):
+    if package is not None and apart.version(package) is None:
         for task in tasks:
-            _add(found, *task, {"failed": f"not installed: pip install {_peer(*task[:2]).package}"})
+            _add(found, *task, {"failed": f"not installed: pip install {package}"})
         return
-    order = {
-        "tasks": tasks,
-        "device": options.device,
-        "threads": options.threads,
-        "quick": options.quick,
-    }
-    line = [sys.executable, "-m", "benchmarks.peers", "--worker", json.dumps(order)]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    left = list(tasks)
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith(MARK):
-                _add(found, *left.pop(0), json.loads(line.removeprefix(MARK)))
-    except BaseException:
-        process.kill()
-        raise
-    finally:
-        process.wait()
-    for task in left:
-        _add(found, *task, {"failed": _why_dead(process.returncode)})
-
-
-MARK = "row: "
-
-
-def _why_dead(code: int) -> str:
-    if code < 0:
-        killed = " (too little memory?)" if -code == signal.SIGKILL else ""
-        return f"its process was ended by {signal.Signals(-code).name}{killed}"
-    return f"its process ended with code {code}"
+    order = {"device": options.device, "threads": options.threads, "quick": options.quick}
+    rows = apart.rows("benchmarks.peers", tasks, options.limit, **order)
+    for task, row in zip(tasks, rows, strict=True):
+        _add(found, *task, row)
 
 
 def _add(found: Results, name: str, work: str, model: str, row: dict[str, Any]) -> None:
     peer = _peer(name, work)
-    version = importlib.metadata.version(peer.package) if peer.package and "failed" not in row else None
-    row = {"work": work, "model": model, "peer": name, "version": version, "note": peer.note, **row}
+    version = apart.version(peer.package) if peer.package else None
+    row = {
+        "work": work,
+        "model": model,
+        "peer": name,
+        "package": peer.package,
+        "version": version,
+        "note": peer.note,
+        **row,
+    }
     start = f"{work:11} {model:9} {name:25}"
     if "failed" in row:
         text = f"{start} {row['failed']}"
@@ -175,18 +147,11 @@ def _add(found: Results, name: str, work: str, model: str, row: dict[str, Any]) 
 
 
 def worker(order: dict[str, Any]) -> None:
-    """Measure one library: a line of JSON for each task, on a stdout that the library itself can't write to."""
+    """Measure one library."""
     torch.set_num_threads(order["threads"])
-    out = sys.stdout
     command.quiet()
-    for name, work, model in order["tasks"]:
-        with contextlib.redirect_stdout(io.StringIO()):
-            try:
-                row = measure(_peer(name, work), model, order["device"], order["quick"])
-            except Exception as error:
-                first = (str(error).splitlines() or [""])[0]
-                row = {"failed": f"{type(error).__name__}: {first}"[:200]}
-        print(MARK + json.dumps(row), file=out, flush=True)
+    device, quick = order["device"], order["quick"]
+    apart.answer(lambda task: measure(_peer(*task[:2]), task[2], device, quick), order["tasks"])
 
 
 def measure(peer: Peer, model: str, device: str, quick: bool) -> dict[str, Any]:
@@ -200,9 +165,9 @@ def measure(peer: Peer, model: str, device: str, quick: bool) -> dict[str, Any]:
     with peer.adapter(work.twin()) as job:
         job.run()
         values = job.values()
-        truth = job.truth() if job.truth else TRUTH[peer.work](work.twin())
-        right = sum(key in values and _same(peer.work, values[key], expected) for key, expected in truth.items())
         base = job.work or work
+        truth = TRUTH[peer.work](base.twin())
+        right = sum(key in values and _same(peer.work, values[key], expected) for key, expected in truth.items())
         row = {"true": right, "all": len(truth), "ratio": command.plain(compare(job.run, base.twin().step, **time))}
         row["to_probe"] = None
         if peer.name != "probe":

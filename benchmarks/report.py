@@ -6,6 +6,8 @@ Nothing is measured here. The files under ``benchmarks/results/`` come from the 
 from __future__ import annotations
 
 import argparse
+import html
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -79,10 +81,10 @@ def summary(kept: list[Kept]) -> str:
     runs = [each for each in kept if each["command"] == "overhead" and not each["settings"]["compile"]]
     if not runs:
         return "\nNo measurements are kept yet.\n\n"
-    columns = list(dict.fromkeys(_column(each) for each in runs))
+    columns = _columns(runs)
     lines = [["ratio to the bare step", *columns]]
     for mode, arm, every, label in SUMMARY:
-        cells = [_cell(_find(runs, column, mode, arm, every)) for column in columns]
+        cells = [_cell(column.get(mode), arm, every) for column in columns.values()]
         if any(cells):
             lines.append([label, *cells])
     machines = list(dict.fromkeys(_machine(each) for each in runs))
@@ -95,26 +97,34 @@ def summary(kept: list[Kept]) -> str:
     return "\n" + _table(lines) + "\n" + "\n".join(notes) + "\n\n"
 
 
-def _column(each: Kept) -> str:
-    settings = each["settings"]
-    batch = f" batch {settings['batch']}" if settings["batch"] else ""
-    dtype = "" if settings["dtype"] == "float32" else f" {settings['dtype']}"
-    return f"{settings['model']}{batch}{dtype}{' (GPU)' if settings['device'] == 'cuda' else ''}"
-
-
-def _find(runs: list[Kept], column: str, mode: str, arm: str, every: int | None) -> Kept | None:
+def _columns(runs: list[Kept]) -> dict[str, dict[str, Kept]]:
+    """By a column's name, its run in each mode; runs that are named alike have columns of their own, numbered."""
+    columns: dict[str, dict[str, Kept]] = {}
     for each in runs:
-        if _column(each) == column and each["settings"]["mode"] == mode:
-            for row in each["rows"]:
-                if (row["arm"], row["every"], row["against"]) == (arm, every, "bare"):
-                    return row
-    return None
+        names = (_name(each) + (f" ({n})" if n > 1 else "") for n in itertools.count(1))
+        column = next(name for name in names if each["settings"]["mode"] not in columns.get(name, {}))
+        columns.setdefault(column, {})[each["settings"]["mode"]] = each
+    return columns
 
 
-def _cell(row: Kept | None) -> str:
-    if row is None:
-        return ""
-    return "raises" if "failed" in row else _ratio(row["ratio"])
+def _name(each: Kept) -> str:
+    """What a run was of: everything that is not as the command has it by default, but for the mode."""
+    settings, threads = each["settings"], each["machine"]["threads"]
+    parts = [settings["model"]]
+    parts += [f"{key} {settings[key]}" for key in ("batch", "size") if settings[key]]
+    parts += [settings["dtype"]] if settings["dtype"] != "float32" else []
+    parts += ["compiled"] if settings["compile"] else []
+    parts += [f"{threads} threads"] if threads != 1 else []
+    parts += ["(GPU)"] if settings["device"] == "cuda" else []
+    parts += ["(quick)"] if each["quick"] else []
+    return " ".join(parts)
+
+
+def _cell(run: Kept | None, arm: str, every: int | None) -> str:
+    for row in run["rows"] if run else ():
+        if (row["arm"], row["every"], row["against"]) == (arm, every, "bare"):
+            return "raises" if "failed" in row else _ratio(row["ratio"])
+    return ""
 
 
 # -- RESULTS.md --------------------------------------------------------------------------------------------------------
@@ -212,17 +222,31 @@ def _peers(each: Kept) -> str:
             lines.append([*start, "", "", "", row["failed"][:100]])
             continue
         probe = _ratio(row["to_probe"]) if row["to_probe"] else ""
-        lines.append([*start, _ratio(row["ratio"]), probe, f"{row['true']} of {row['all']}", _verdict(row, each)])
+        lines.append(
+            [*start, _ratio(row["ratio"]), probe, f"{row['true']} of {row['all']}", _verdict(row, each["rows"])]
+        )
     return _table(lines[:1] + sorted(lines[1:], key=lambda line: (line[0], line[1]))) + "\n"
 
 
-def _verdict(row: Kept, each: Kept) -> str:
-    """The note, and where `probe` is not the cheapest of those that capture the same, what is behind that."""
-    note = row["note"]
-    if row["peer"] in ("probe", "reference hook") or row["to_probe"]["high"] >= 1:
-        return note
-    behind = "cheaper than probe" + ("" if row["true"] == row["all"] else ", but not all of it is true")
-    return f"{note}; {behind}" if note else behind
+def _verdict(row: Kept, rows: list[Kept]) -> str:
+    """The note, and whether `probe` is cheapest of all that do this work, and the only one that is right throughout."""
+    others = [
+        each
+        for each in rows
+        if (each["work"], each["model"]) == (row["work"], row["model"]) and "failed" not in each and each["package"]
+    ]
+    parts = [row["note"]] if row["note"] else []
+    if row["peer"] == "probe":
+        cheaper = [each["peer"] for each in others if each["to_probe"]["high"] < 1]
+        right = [each["peer"] for each in others if each["true"] == each["all"]]
+        parts.append(f"cheaper: {', '.join(cheaper)}" if cheaper else "none is cheaper")
+        parts.append(f"as right: {', '.join(right)}" if right else "no other is right throughout")
+    elif row["package"]:
+        ratio = row["to_probe"]
+        if ratio["low"] <= 1:
+            parts.append("cheaper than probe" if ratio["high"] < 1 else "not told from probe")
+        parts.append("right throughout" if row["true"] == row["all"] else "not right throughout")
+    return "; ".join(parts)
 
 
 def _limits(each: Kept) -> str:
@@ -330,8 +354,8 @@ def pictures(kept: list[Kept]) -> dict[str, str]:
         for each in kept
         if each["command"] == "scaling" and any(row.get("nanoseconds", 0) > 0 for row in each["rows"])
     ]
-    if sweeps:
-        found["scaling.svg"] = _lines(sweeps[0])
+    for number, each in enumerate(sweeps, 1):
+        found["scaling.svg" if number == 1 else f"scaling-{number}.svg"] = _lines(each)
     return found
 
 
@@ -359,14 +383,13 @@ def _whiskers(runs: list[Kept]) -> str:
     body += [f'<text x="{place(t)}" y="14" text-anchor="middle">{t}×</text>' for t in ticks]
     for at, (label, rows) in enumerate(labels.items()):
         top = 20 + at * step
-        body.append(f'<text x="{left - 8}" y="{top + step / 2 + 4}" text-anchor="end">{label}</text>')
+        body.append(f'<text x="{left - 8}" y="{top + step / 2 + 4}" text-anchor="end">{html.escape(label)}</text>')
         for number, ratio in rows:
             y, colour = top + 8 + 9 * number, COLOURS[number % len(COLOURS)]
             ends = f'x1="{place(ratio["low"])}" y1="{y}" x2="{place(ratio["high"])}" y2="{y}"'
             body.append(f'<line {ends} stroke="{colour}" stroke-width="2"/>')
             body.append(f'<circle cx="{place(ratio["median"])}" cy="{y}" r="3.5" fill="{colour}"/>')
-    names = [_column(each) for each in runs]
-    return _svg(body, names, left + width + 20, 20 + height)
+    return _svg(body, list(_columns(runs)), left + width + 20, 20 + height)
 
 
 def _lines(each: Kept) -> str:
@@ -406,7 +429,7 @@ def _svg(body: list[str], names: list[str], width: int, height: float) -> str:
     for number, name in enumerate(names):
         x, y = 20 + 210 * (number % 3), height + 24 + 18 * (number // 3)
         legend.append(f'<circle cx="{x}" cy="{y - 4}" r="4" fill="{COLOURS[number % len(COLOURS)]}"/>')
-        legend.append(f'<text x="{x + 10}" y="{y}">{name}</text>')
+        legend.append(f'<text x="{x + 10}" y="{y}">{html.escape(name)}</text>')
     height += 34 + 18 * ((len(names) - 1) // 3)
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}">'
     style = "<style>text{font:12px sans-serif;fill:#333}.g{stroke:#ddd}</style>"

@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import cam, command, counts, libraries, limits, overhead, peers, report, scaling, timing
+from benchmarks import apart, cam, command, counts, libraries, limits, overhead, peers, report, scaling, timing
 from benchmarks.arms import ARMS, Arm
 from benchmarks.work import Work
 from probe import Probe
@@ -294,23 +295,66 @@ def test_true_histograms(adapter: libraries.Adapter) -> None:
 
 
 def test_a_missing_peer_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It says what to install."""
+    """It says what to install, also where a folder of its name could be imported."""
     out = tmp_path / "kept.json"
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-    peers.main(["--peers", "wandb", "--quick", "--out", str(out)])
+    (tmp_path / "absent").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(peers, "PEERS", (peers.Peer("absent", "outputs", libraries.by_hand, "absent"),))
+    peers.main(["--quick", "--out", str(out)])
     (row,) = json.loads(out.read_text(encoding="utf-8"))["rows"]
-    assert row["failed"] == "not installed: pip install wandb"
+    assert row["failed"] == "not installed: pip install absent"
 
 
-def test_a_dead_peer_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that was killed is told as that."""
-    out = tmp_path / "kept.json"
-    code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    popen = peers.subprocess.Popen
-    monkeypatch.setattr(peers.subprocess, "Popen", lambda line, **rest: popen([sys.executable, "-c", code], **rest))
-    peers.main(["--peers", "reference hook", "--quick", "--out", str(out)])
-    (row,) = json.loads(out.read_text(encoding="utf-8"))["rows"]
-    assert row["failed"] == "its process was ended by SIGKILL (too little memory?)"
+def test_nothing_to_measure_is_said() -> None:
+    """A library that runs on no model that was asked for."""
+    with pytest.raises(SystemExit, match="none of TransformerLens on resnet18"):
+        peers.main(["--peers", "TransformerLens", "--models", "resnet18"])
+
+
+WORKER = """
+import json, os, pathlib, signal, sys, time
+sys.path.insert(0, {root!r})
+from benchmarks import apart
+
+def measure(task):
+    print("a library that talks")
+    os.system("echo and its child")
+    if task == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if task == "ends":
+        sys.exit("out of luck")
+    if task == "hangs":
+        time.sleep(60)
+    return {{"did": 1 / task}}
+
+apart.answer(measure, json.loads(sys.argv[-1])["tasks"])
+"""
+
+
+@pytest.fixture
+def _worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module `worker` that answers tasks."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "worker.py").write_text(WORKER.format(root=str(ROOT)))
+
+
+@pytest.mark.usefixtures("_worker")
+def test_a_library_that_dies_or_raises_is_a_row() -> None:
+    """Each with its reason; the tasks before and after it have their rows."""
+    assert list(apart.rows("worker", [1, "dies", 2, 0, "ends", 4], 60.0)) == [
+        {"did": 1.0},
+        {"failed": "its process was ended by SIGKILL (too little memory?)"},
+        {"did": 0.5},
+        {"failed": "ZeroDivisionError: division by zero"},
+        {"failed": "out of luck"},
+        {"did": 0.25},
+    ]
+
+
+@pytest.mark.usefixtures("_worker")
+def test_a_library_that_hangs_is_a_row() -> None:
+    """It is ended when its time is over."""
+    assert list(apart.rows("worker", ["hangs"], 0.3)) == [{"failed": "took longer than 0.3 s"}]
 
 
 # -- class activation maps ---------------------------------------------------------------------------------------------
@@ -407,7 +451,7 @@ def test_the_report_is_what_is_kept() -> None:
 def test_the_report_of_a_run(rows: dict[tuple[str, int | None], Row], tmp_path: Path) -> None:
     """Every row is in the table, with its command, and the README's table has the median and quartiles."""
     options = overhead.command.arguments("").parse_args(["--quick", "--device", "cpu"])
-    settings = {"model": "layers", "mode": "train", "device": "cpu", "dtype": "float32", "batch": None}
+    settings = {"model": "layers", "mode": "train", "device": "cpu", "dtype": "float32", "batch": None, "size": None}
     with command.Results("overhead", options, **settings, compile=False, calls=40) as found:
         for row in rows.values():
             changed = {
@@ -434,13 +478,83 @@ def test_the_report_of_a_run(rows: dict[tuple[str, int | None], Row], tmp_path: 
 def test_the_report_of_a_run_in_which_nothing_was_measured(rows: list[Row], tmp_path: Path) -> None:
     """Interrupted at once, or all failed: no picture, and no error."""
     machine = {"cpu": "a CPU", "gpu": "a GPU", "clocks": None, "threads": 1, "cores": 2, "torch": "2", "python": "3"}
-    settings = {"model": "m", "mode": "train", "device": "cuda", "dtype": "float32", "batch": 1, "compile": False}
+    settings = {
+        "model": "m",
+        "mode": "train",
+        "device": "cuda",
+        "dtype": "float32",
+        "batch": 1,
+        "size": None,
+        "compile": False,
+    }
     each = {"line": "a line", "date": "a day", "machine": machine, "quick": False, "complete": False}
     overhead = {**each, "command": "overhead", "settings": {**settings, "calls": 1}, "rows": rows}
     (tmp_path / "README.md").write_text(f"{report.BEGIN}{report.END}")
     written = report.written([overhead, {**each, "command": "scaling", "settings": {}, "rows": []}], tmp_path)
     assert not any(path.suffix == ".svg" for path in written)
     assert "a GPU, 1 of 2 cores" in written[tmp_path / "benchmarks" / "RESULTS.md"]
+
+
+def kept(rows: list[Row], **settings: Any) -> Row:
+    """A file of ``benchmarks.overhead``."""
+    machine = {"cpu": "a CPU", "threads": 1, "cores": 2, "torch": "2", "python": "3"}
+    defaults = {"model": "m", "mode": "train", "device": "cpu", "dtype": "float32", "batch": None, "size": None}
+    return {
+        "command": "overhead",
+        "line": "a line",
+        "date": "a day",
+        "machine": machine,
+        "rows": rows,
+        "quick": False,
+        "complete": True,
+        "settings": {**defaults, "compile": False, "calls": 1, **settings},
+    }
+
+
+def test_no_run_is_dropped_from_the_report() -> None:
+    """Runs that differ in anything have columns of their own, and so do those that differ in nothing that is shown."""
+    sizes = [{"size": 64}, {"size": 224}, {"size": 224}, {"size": 224, "mode": "forward"}]
+    ratios = [{"median": median, "low": 1.1, "high": 9.0, "differs": True} for median in (2.0, 3.0, 4.0, 5.0)]
+    rows = [[{"arm": "output", "every": None, "against": "bare", "ratio": ratio}] for ratio in ratios]
+    text = report.summary([kept(row, **size) for row, size in zip(rows, sizes, strict=True)])
+    assert "| ratio to the bare step | m size 64 | m size 224 | m size 224 (2) |" in text
+    assert "| 2.00 (1.10–9.00) | 3.00 (1.10–9.00) | 4.00 (1.10–9.00) |" in text
+    assert "|  | 5.00 (1.10–9.00) |  |" in text
+
+
+def test_pictures_are_xml() -> None:
+    """Whatever a model or an arm is called."""
+    ratio = {"median": 2.0, "low": 1.0, "high": 3.0, "differs": True}
+    row = {"arm": "a<b & c", "every": None, "against": "bare", "ratio": ratio}
+    (picture,) = report.pictures([kept([row], model="mine:<lambda>&")]).values()
+    texts = [each.text for each in ElementTree.fromstring(picture).iter("{http://www.w3.org/2000/svg}text")]
+    assert "a<b & c" in texts
+    assert "mine:<lambda>&" in texts
+
+
+def test_a_row_says_where_probe_is_not_first() -> None:
+    """Who is cheaper, and who is right throughout as well: from the rows themselves."""
+
+    def row(peer: str, package: str | None, true: int, low: float, high: float) -> Row:
+        to_probe = None if peer == "probe" else {"median": (low + high) / 2, "low": low, "high": high}
+        start = {"work": "outputs", "model": "m", "peer": peer, "package": package, "note": ""}
+        return {**start, "true": true, "all": 9, "to_probe": to_probe}
+
+    rows = [row("probe", None, 9, 1, 1), row("hasty", "hasty", 5, 0.8, 0.9), row("even", "even", 9, 0.9, 1.1)]
+    assert report._verdict(rows[0], rows[:1]) == "none is cheaper; no other is right throughout"
+    assert [report._verdict(each, rows) for each in rows] == [
+        "cheaper: hasty; as right: even",
+        "cheaper than probe; not right throughout",
+        "not told from probe; right throughout",
+    ]
+
+
+@pytest.mark.parametrize("out", [["--out", "a file"], ["--out=a file"]])
+def test_the_line_that_is_kept_can_be_typed(out: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quoted where a shell wants that, and without the file it went to."""
+    monkeypatch.setattr(sys, "argv", ["x", "--arms", "all*, bare", *out, "--quick"])
+    found = command.Results("overhead", command.arguments("").parse_args(["--device", "cpu"]))
+    assert found.kept["line"] == "python -m benchmarks.overhead --arms 'all*, bare' --quick"
 
 
 def test_a_file_of_something_else_is_told(tmp_path: Path) -> None:
