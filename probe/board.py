@@ -52,8 +52,9 @@ class Board(SummaryWriter):
     an exception too) and the death of the last reference lose nothing. A forked child writes at once, to a file of its
     own. An `add_*` after `close` is a RuntimeError.
 
-    **Several ranks.** Every rank of ``torch.distributed`` may open the same folder. On ranks other than the first the
-    file is made when something is written, because TensorBoard reads on in the newest file of a folder.
+    **Several ranks.** Every rank of ``torch.distributed`` may open the same folder, also before the process group is
+    there, where the launcher's environment has the rank (``RANK``). On ranks other than the first the file is made when
+    something is written, because TensorBoard reads on in the newest file of a folder.
 
     **The disk is not the program's problem.** A full disk or lost permission is one RuntimeWarning; events are kept and
     tried again. A deleted folder is one RuntimeWarning and a new file. Only a folder that can't be written to from the

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -22,7 +22,7 @@ from probe.calls import Call, Pass, PassInfo, Receiver
 from probe.capture import Kind, Layer
 from probe.hooks import Tap, graph_task
 from probe.select import wrapped_attribute
-from probe.session import Session
+from probe.session import IN_GRAPH, Session
 from probe.tree import Leaves, input_leaves, leaves, rebuild
 
 INSIDE = Kind.INPUT | Kind.OUTPUT | Kind.GRAD_OUTPUT
@@ -56,11 +56,13 @@ class Eager(Receiver):
             )
 
     def bound(self, idle: bool) -> None:
+        if self._wanted and idle and "torch._dynamo" in sys.modules and any(each.fullgraph for each in _compiling()):
+            raise RuntimeError(f"a step ended inside a function compiled with fullgraph=True, and {IN_GRAPH}")
         self._wanted = not idle
         self._follow()
 
     def begin(self, pass_: Pass) -> None:
-        if self._warn is not None and "torch._dynamo" in sys.modules and _in_compiled_function():
+        if self._warn is not None and "torch._dynamo" in sys.modules and any(_compiling()):
             self.tell("the function that calls the model")
 
     def end_step(self, step: int, *, stepped: bool) -> None:
@@ -82,15 +84,14 @@ class Eager(Receiver):
             _stance.__exit__(None, None, None)
 
 
-def _in_compiled_function() -> bool:
-    """Whether a function that ``torch.compile`` made is among the callers, as it is when it runs eagerly."""
+def _compiling() -> Iterator[Any]:
+    """For each caller that ``torch.compile`` made, as there are when it runs eagerly: what holds its options."""
     file = sys.modules["torch._dynamo.eval_frame"].__file__
     frame: Any = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "compile_wrapper" and frame.f_code.co_filename == file:
-            return True
+            yield frame.f_locals["self"]
         frame = frame.f_back
-    return False
 
 
 # -- inside ------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import os
 import sys
 import weakref
 from collections.abc import Iterable, Sequence
@@ -26,8 +27,11 @@ Key = tuple[str, str]
 
 
 def rank() -> int:
-    """This process's rank, 0 where nothing is distributed."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    """This process's rank; before the process group is there, the one that a launcher gave; 0 in a single process."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    given = os.environ.get("RANK", "") if "WORLD_SIZE" in os.environ else ""  # as ``init_process_group`` reads them
+    return int(given) if given.isdecimal() else 0
 
 
 def several() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import warnings
@@ -16,6 +17,11 @@ from probe.capture import Kind, Layer
 from probe.hooks import Local, Tap, graph_task, is_replica, on_enter, on_gradient_of, on_leave, on_step, raised
 from probe.select import ancestors, modules
 from probe.tree import leaves, local, storage_of
+
+IN_GRAPH = (
+    "the hooks that a probe with optimizer= has around optimizer.step() cannot be in a graph: leave optimizer= out of "
+    "Probe(...) and call p.step() after each step, or compile without fullgraph=True"
+)
 
 
 class Session:
@@ -161,7 +167,8 @@ class Session:
             self._late, self._entered = {}, self.step
         self.optimizers.append(optimizer)
         # in a compiled training step they stay out of the graph; torch's optimizers have imported the compiler already
-        return on_step(optimizer, *map(torch.compiler.disable, (self._before_step, self._after_step)))
+        outside = functools.partial(torch.compiler.disable, reason=IN_GRAPH)
+        return on_step(optimizer, outside(self._before_step), outside(self._after_step))
 
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.scaled = self.scaled or (self.scaler is None and _in_scaler())

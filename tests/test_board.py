@@ -273,6 +273,17 @@ def test_a_dtensor_counts_as_a_whole(tmp_path):
         assert histogram(tmp_path / str(number), "x").num == 4
 
 
+@pytest.mark.parametrize(("number", "files"), [("0", 1), ("1", 0)])
+def test_opened_before_the_process_group_is_there(tmp_path, monkeypatch, number, files):
+    """What the launcher says tells which rank it is: only the first one's file is there before anything is written."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", number)
+    with Board(tmp_path) as board:
+        assert len(list(tmp_path.glob("*.tfevents.*"))) == files
+        board.add_scalar("x", 1, 0)
+    assert scalars(tmp_path, "x") == [(0, 1)]
+
+
 # Meta tensors
 
 

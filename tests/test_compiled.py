@@ -189,6 +189,85 @@ def test_a_probe_on_a_compiled_model_can_be_refused(net: nn.Module) -> None:
         Probe(net, compiled="always")
 
 
+# -- a training step as one graph --------------------------------------------------------------------------------------
+
+
+class Plain(torch.optim.Optimizer):
+    """SGD that can be in a graph, as torch's own optimizers cannot."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(parameter.grad, alpha=group["lr"])
+
+
+@pytest.fixture
+def whole_step(net: nn.Module) -> Iterator[tuple[Any, Callable[[torch.Tensor], Any]]]:
+    """An optimizer, and forward, backward and update compiled together with ``fullgraph=True``."""
+    optimizer = Plain(net.parameters())
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(x: torch.Tensor) -> torch.Tensor:
+        loss = net(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    def run(x: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        step(x)
+
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        yield optimizer, run
+
+
+@QUIET
+@pytest.mark.parametrize("compiled", ["auto", "inside"])
+def test_a_whole_step_in_one_graph(compiled: str, net: nn.Module, whole_step: Any, tmp_path: Path) -> None:
+    """Without ``optimizer=`` it is observed, and counted by `p.step`, with the weights of an eager twin."""
+    twin, (_, run) = copy.deepcopy(net), whole_step
+    other = Plain(twin.parameters())
+    torch.manual_seed(1)
+    batches = [torch.randn(3, 4) for _ in range(4)]
+    with Board(str(tmp_path)) as board, Probe(net, compiled=compiled) as p:
+        p.log(board, stats, every=2)
+        for x in batches:
+            run(x)
+            p.step()
+    for x in batches:
+        other.zero_grad()
+        twin(x).square().mean().backward()
+        other.step()
+    assert reading.steps(tmp_path, "0/output/mean") == reading.steps(tmp_path, "2/grad_output/mean") == [0, 2]
+    torch.testing.assert_close([*net.parameters()], [*twin.parameters()])
+
+
+@QUIET
+@pytest.mark.parametrize(("compiled", "every"), [("auto", 2), ("inside", 1)])
+def test_an_optimizer_in_a_whole_graph_is_refused(
+    compiled: str, every: int, net: nn.Module, whole_step: Any, tmp_path: Path
+) -> None:
+    """With what to type, and nothing is left behind; where all steps run eagerly it works."""
+    (optimizer, run), x = whole_step, torch.randn(3, 4)
+    text = r"leave optimizer= out of Probe\(...\) and call p.step\(\) after each step"
+    with Board(str(tmp_path)) as board, Probe(net, optimizer=optimizer, compiled=compiled) as p:
+        p.log(board, stats, every=every)
+        with pytest.raises(RuntimeError, match=text):
+            run(x)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+    assert not optimizer._optimizer_step_pre_hooks
+    with Probe(net, optimizer=optimizer) as p:
+        run(x)
+        run(x)
+    assert p.steps == 2
+    assert len(p.schedule.lr) == 2
+    run(x)
+
+
 # -- inside ------------------------------------------------------------------------------------------------------------
 
 

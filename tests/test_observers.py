@@ -234,19 +234,19 @@ def test_gradients_come_once_a_backward(x: torch.Tensor) -> None:
 
 def test_observers_in_threads(net: nn.Module) -> None:
     """Each capture comes in the thread whose pass it belongs to, also in backward."""
-    found: list[tuple[int, int]] = []
+    found: list[tuple[threading.Thread, int]] = []  # no identifiers: a new thread may get that of one which has ended
 
     def observe(c: Capture) -> None:
-        found.append((threading.get_ident(), len(c.value)))
+        found.append((threading.current_thread(), len(c.value)))
 
     with Probe(net, observers=observe):
 
         def work(rows: int) -> None:
-            mine = threading.get_ident()
+            mine = threading.current_thread()
             for _ in range(10):
                 net(torch.randn(rows, 4, requires_grad=True)).sum().backward()
-            assert all(rows == size for ident, size in found if ident == mine)
-            assert sum(ident == mine for ident, _ in found) == 120
+            assert all(rows == size for thread, size in found if thread is mine)
+            assert sum(thread is mine for thread, _ in found) == 120
             done.append(rows)
 
         done: list[int] = []

@@ -156,6 +156,20 @@ def test_without_other_ranks_there_is_nothing_to_merge() -> None:
     assert not ranks.several()
 
 
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [({"RANK": "3", "WORLD_SIZE": "4"}, 3), ({"RANK": "3"}, 0), ({"RANK": "first", "WORLD_SIZE": "4"}, 0)],
+)
+def test_before_the_process_group_the_launcher_says_the_rank(
+    environment: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its environment is what ``init_process_group`` would read; ``RANK`` alone may mean anything."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert ranks.rank() == expected
+    assert not ranks.several()
+
+
 @pytest.mark.usefixtures("alone")
 def test_a_single_rank_meets_nobody() -> None:
     assert not ranks.several()
