@@ -61,24 +61,24 @@ class Finding:
             return math.inf
         return max(a, b) / min(a, b)
 
-    def __str__(self) -> str:
+    @property
+    def words(self) -> tuple[str, str, str]:
+        """What it says beside its numbers: meaning, advice and source."""
+        return f"meaning: {self.meaning}", f"try: {self.advice}", f"rule: {self.source}"
+
+    @property
+    def numbers(self) -> str:
+        """Where it is, and what was measured there."""
         head = f"{self.severity.name.lower()}: {self.layer or chr(34) * 2}: {self.check} (step {self.step})"
-        lines = [
-            f"{self.what}: {_number(self.measured)} (threshold {_number(self.threshold)})",
-            *self.details,
-            f"meaning: {self.meaning}",
-            f"try: {self.advice}",
-            f"rule: {self.source}",
-        ]
-        wrapped = [
-            textwrap.fill(line, 110, initial_indent="    ", subsequent_indent="        ", break_on_hyphens=False)
-            for line in lines
-        ]
-        return "\n".join([head, *wrapped])
+        measured = f"{self.what}: {_number(self.measured)} (threshold {_number(self.threshold)})"
+        return "\n".join([head, *map(_wrapped, (measured, *self.details))])
+
+    def __str__(self) -> str:
+        return "\n".join([self.numbers, *map(_wrapped, self.words)])
 
 
 class Findings(list[Finding]):
-    """Findings, the worst first, which print as a report.
+    """Findings, the worst first, which print as a report. What several have to say in common it says once, after them.
 
     Arguments:
         found: in any order.
@@ -95,12 +95,22 @@ class Findings(list[Finding]):
             return f"nothing found ({examined})"
         count = f"{len(self)} finding{'' if len(self) == 1 else 's'}"
         first = f"{count}, the worst first" if len(self) > 1 else count
-        return "\n\n".join([f"{first} ({examined})", *map(str, self)])
+        alike: dict[tuple[str, ...], list[Finding]] = {}
+        for each in self:
+            alike.setdefault((each.severity.name, each.check, *each.words), []).append(each)
+        parts = (
+            "\n".join([*(each.numbers for each in some), *map(_wrapped, some[0].words)]) for some in alike.values()
+        )
+        return "\n\n".join([f"{first} ({examined})", *parts])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(str(self))}</pre>"
+
+
+def _wrapped(line: str) -> str:
+    return textwrap.fill(line, 110, initial_indent="    ", subsequent_indent="        ", break_on_hyphens=False)
 
 
 def _number(value: float) -> str:

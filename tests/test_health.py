@@ -102,6 +102,7 @@ def test_the_report_has_the_worst_first() -> None:
     assert text.startswith("5 findings, the worst first")
     for part in ("error: further: check (step 1)", "what: 9 (threshold 1)", "meaning: ", "try: advice", "rule: source"):
         assert part in text
+    assert text.count("meaning: ") == 3  # what several say is said once a severity
     assert "<pre>" in found._repr_html_()
 
 
@@ -264,6 +265,14 @@ def test_check_takes_batches_in_every_form() -> None:
         health.check(mlp(), F.cross_entropy)
 
 
+def test_check_steps_an_optimizer_that_calls_the_model() -> None:
+    """LBFGS takes a closure."""
+    model = mlp()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+    found = health.check(model, F.cross_entropy, *batch(), optimizer=optimizer, steps=3, report=None)
+    assert (found, found.steps) == ([], 3)
+
+
 def test_check_reports_what_is_wrong() -> None:
     """To whom one wants."""
     model = mlp()
@@ -358,7 +367,7 @@ def test_nan_of_an_operation_between_layers() -> None:
 
     (found,) = train(Between())
     assert (found.check, found.layer) == ("NaN or Inf", "second")
-    assert "input already" in found.meaning
+    assert "between 'first' and this one" in found.meaning
 
 
 def test_minus_infinity_as_a_mask_is_no_finding() -> None:
@@ -454,6 +463,29 @@ def test_constant_input_makes_no_layer_constant() -> None:
             mlp()(x)
             p.step()
     assert p.findings == []
+
+
+def test_an_encoding_of_positions_is_not_constant() -> None:
+    """It looks at its input's shape only: no gradient goes through it, though one reaches what comes before."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(1, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.table.expand(len(x), -1)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.positions, self.head = nn.Linear(8, 16), Positions(), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x)
+            return self.head(x + self.positions(x))
+
+    assert train(Model()) == []
 
 
 def test_a_sure_classifier_is_not_saturated() -> None:
@@ -562,6 +594,23 @@ def test_gradients_that_fade_layer_by_layer_name_the_first() -> None:
     assert "each layer multiplies" in found.details[0]
 
 
+def test_gradients_that_one_place_cuts_name_it_beside_shortcuts() -> None:
+    """Branches, each with little gradient beside its shortcut, are not taken for the place."""
+
+    class Residual(nn.Module):
+        def __init__(self, gain: float) -> None:
+            super().__init__()
+            self.branch, self.gain = nn.Linear(16, 16), gain
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.gain * self.branch(x)
+
+    small = Apply(lambda x: 1e-6 * x)
+    model = mlp(Residual(1e-3), Residual(1e-3), small, nn.Linear(16, 16), Residual(1e-3))
+    (found,) = train(model, health.gradient_flow())
+    assert (found.check, found.layer) == ("gradients vanishing", "4")
+
+
 def test_a_zero_initialised_branch_has_time_to_begin() -> None:
     """Its first gradient is exactly zero; it is no finding unless it stays so."""
 
@@ -577,6 +626,22 @@ def test_a_zero_initialised_branch_has_time_to_begin() -> None:
     model = mlp(Branch())
     model[2].gain.requires_grad_(False)
     assert names(train(model)) == [("no gradient", "2.inner")]
+
+
+def test_layers_that_are_skipped_at_times_are_no_finding() -> None:
+    """As by LayerDrop, by experts, or by the heads of several tasks, each in its turn."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk, self.heads = nn.Linear(8, 16), nn.ModuleList(nn.Linear(16, 3) for _ in range(4))
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.heads[self.calls // 2 % 4](self.trunk(x))
+
+    assert names(train(Heads(), steps=24)) == []
 
 
 def test_frozen_layers_are_meant_to_have_no_gradient() -> None:
@@ -643,19 +708,20 @@ def test_groups_go_by_their_names() -> None:
 
 
 def test_one_pass_without_gradient_between_steps_is_no_evaluation() -> None:
-    """A GAN makes its samples so; two in a row, or one under a tag, are one."""
+    """A GAN makes its samples so, also several in every step; two in a row, or one under a tag, are an evaluation."""
     model = mlp(nn.BatchNorm1d(16))
 
-    def passes(count: int) -> Findings:
+    def passes(count: int, every: int = 1) -> Findings:
         @torch.no_grad()
         def look(step: int) -> None:
-            for _ in range(count):
+            for _ in range(count if step % every == 0 else 0):
                 model(batch()[0])
 
         return train(model, after=look)
 
     assert passes(1) == []
-    assert names(passes(2)) == [("train mode in evaluation", "")]
+    assert passes(5) == []
+    assert names(passes(2, every=3)) == [("train mode in evaluation", "")]
     with Probe(model, observers=health.checks()) as p, p.tag("valid"), torch.no_grad():
         model(batch()[0])
     assert names(p.findings) == [("train mode in evaluation", "")]
@@ -697,6 +763,32 @@ def test_the_loss_is_what_backward_was_called_on() -> None:
                 torch.autograd.backward(anything)
             p.step()
     assert seen == pytest.approx([sum(loss[:3]) / 3, sum(loss[3:]) / 3])
+
+
+def test_a_loss_that_runs_away_jumps_once() -> None:
+    """What follows the first jump is its consequence."""
+    model = mlp()
+    scale = [1.0]
+
+    def grow(step: int) -> None:
+        scale[0] *= 3 if step > 12 else 1
+
+    found = train(model, health.loss_spikes(), loss=lambda out, y: scale[0] * F.cross_entropy(out, y), before=grow,
+                  optimizer=torch.optim.SGD(model.parameters(), 1e-4), steps=24)  # fmt: skip
+    assert len(found) == 1
+
+
+def test_a_step_has_one_loss_however_many_passes_it_has() -> None:
+    """A script that never steps, as for saliency maps, holds one number of all of them."""
+    model = mlp()
+    with Probe(model, observers=health.checks()) as p:
+        sizes = []
+        for _ in range(60):
+            model(batch()[0]).sum().backward()
+            gc.collect()
+            sizes.append(sum(type(each) is Tensor for each in gc.get_objects()))
+        assert sizes[-1] == sizes[20]
+        p.step()
 
 
 def test_noise_is_no_spike() -> None:

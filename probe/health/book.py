@@ -60,7 +60,8 @@ class OpenStep:
 
     def __init__(self, number: int, *, scaled: bool) -> None:
         self.record = Step(number, scaled=scaled)
-        self.losses: list[torch.Tensor] = []
+        self._loss: torch.Tensor | None = None  # the sum of so many
+        self._losses = 0
         self.has_gradients = False  # whether the parameters' were read
         self._passes: dict[int, OpenPass] = {}
 
@@ -73,6 +74,12 @@ class OpenStep:
                 found = self._passes[id(info)] = OpenPass(info)
                 self.record.passes.append(found.record)
         return found
+
+    def add_loss(self, loss: torch.Tensor) -> None:
+        """Count in what a backward pass was called on."""
+        loss = loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss
+        self._loss = loss.reshape(()).clone() if self._loss is None else self._loss + loss.reshape(()).to(self._loss)
+        self._losses += 1
 
     def parameter(self, each: Parameter) -> ParameterRecord:
         found = self.record.parameters.get(each.name)
@@ -89,8 +96,8 @@ class OpenStep:
                 self.parameter(each).facts["version"] = version(each.tensor)
         for pass_ in self._passes.values():
             pass_.close()
-        if self.losses:
-            self.record.loss = torch.stack([each.double().reshape(()) for each in self.losses]).mean()
+        if self._loss is not None:
+            self.record.loss = self._loss / self._losses
         return self.record
 
 

@@ -51,6 +51,7 @@ class Doctor(Receiver):
         self._examined = 0
         self._first_loss: float | None = None
         self._first_norms: dict[str, float] = {}
+        self._reached: set[str] = set()  # parameters that had a gradient
         self._blind = 0
         self._last_backward = -1
         self._before: dict[int, torch.Tensor] = {}
@@ -147,8 +148,9 @@ class Doctor(Receiver):
             step = self._open.get(info.step)
         if step is not None:
             scale = getattr(self._scene.scaler, "_scale", None)
-            losses = [each for each in backward_of(info.thread) if each.numel() == 1]
-            step.losses += [each.clone() if scale is None else each / scale.to(each.device) for each in losses]
+            for loss in map(local, backward_of(info.thread)):
+                if loss.numel() == 1:
+                    step.add_loss(loss if scale is None else loss / scale.to(loss.device))
             after_backward(lambda: self._read_gradients(step))
 
     # -- parameters ----------------------------------------------------------------------------------------------------
@@ -238,6 +240,9 @@ class Doctor(Receiver):
         step.first_loss = self._first_loss
         for name, p in step.parameters.items():
             p.first_norm = self._first_norms.setdefault(name, p.value.norm) if p.value is not None else 0.0
+            if p.grad is not None and p.grad.zeros < p.grad.count:
+                self._reached.add(name)
+            p.reached = name in self._reached
         now = [found for check in self._checks for found in self._ask(check)]
         new = [each for each in now if (each.layer, each.check) not in self._found]
         for each in new:

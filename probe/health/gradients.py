@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -125,22 +126,23 @@ def gradient_flow(*, vanishing: float = 1e-5, exploding: float = 1e4, window: in
     """
 
     def judge(seen: Sequence[Step]) -> Iterator[Finding]:
-        path = _path(seen)
-        norms = [norm for _, norm in path]
-        least = [max(norms[:cut]) / max(norms[cut:]) for cut in range(1, len(norms))]
-        most = [min(norms[:cut]) / max(norms[cut:][-LAST:]) for cut in range(1, len(norms))]
-        if least and min(least) < vanishing:
-            beyond = [cut for cut, ratio in enumerate(least, 1) if ratio < vanishing]
-            yield _along(VANISHING, seen[-1], path, beyond, min(least), vanishing)
-        if most and max(most) > exploding:
-            beyond = [cut for cut, ratio in enumerate(most, 1) if ratio > exploding]
-            yield _along(EXPLODING, seen[-1], path, beyond, max(most), exploding)
+        layers, norms = _path(seen)
+        cuts = range(1, len(norms))
+        largest, smallest = list(itertools.accumulate(norms, max)), list(itertools.accumulate(norms, min))
+        least = {cut: largest[cut - 1] / max(norms[cut:]) for cut in cuts}
+        most = {cut: smallest[cut - 1] / max(norms[cut:][-LAST:]) for cut in cuts}
+        if least and min(least.values()) < vanishing:
+            beyond = [cut for cut in cuts if least[cut] < vanishing]
+            yield _along(VANISHING, seen[-1], layers, largest, beyond, min(least.values()), vanishing)
+        if most and max(most.values()) > exploding:
+            beyond = [cut for cut in cuts if most[cut] > exploding]
+            yield _along(EXPLODING, seen[-1], layers, smallest, beyond, max(most.values()), exploding)
 
     return Check("gradient flow", judge, (Kind.OUTPUT | Kind.GRAD_OUTPUT,), window)
 
 
-def _path(seen: Sequence[Step]) -> list[tuple[str, float]]:
-    """Layers in the order of their calls, each with the median over steps of the gradient's norm at its output."""
+def _path(seen: Sequence[Step]) -> tuple[list[str], list[float]]:
+    """Layers in the order of their calls, and for each the median over steps of the gradient's norm at its output."""
     norms: dict[tuple[str, int], list[float]] = {}
     order: dict[tuple[str, int], int] = {}
     for step in seen:
@@ -149,22 +151,28 @@ def _path(seen: Sequence[Step]) -> list[tuple[str, float]]:
             if call.layer and norm:
                 norms.setdefault((call.layer, call.index), []).append(norm)
                 order[call.layer, call.index] = call.order
-    kept = [key for key, values in norms.items() if len(values) == len(seen)]
-    return [(key[0], statistics.median(norms[key])) for key in sorted(kept, key=lambda key: order[key])]
+    kept = sorted((key for key, values in norms.items() if len(values) == len(seen)), key=lambda key: order[key])
+    return [layer for layer, _ in kept], [statistics.median(norms[key]) for key in kept]
 
 
 def _along(
-    rule: Rule, step: Step, path: list[tuple[str, float]], beyond: list[int], ratio: float, limit: float
+    rule: Rule, step: Step, layers: list[str], reach: list[float], beyond: list[int], ratio: float, limit: float
 ) -> Finding:
-    jumps = {cut: abs(math.log(path[cut][1] / path[cut - 1][1])) for cut in beyond}
+    """The finding about the layer that makes most of the change, else about the first one.
+
+    Arguments:
+        reach: for each layer the most (or least) gradient that it and those before it get.
+        beyond: the layers before which it is too little (or too much).
+    """
+    jumps = {cut: abs(math.log(reach[cut] / reach[cut - 1])) for cut in beyond}
     sharpest = max(jumps, key=lambda cut: jumps[cut])
     if jumps[sharpest] > 0.6 * abs(math.log(ratio)):
         what = "gradient norms before it, as a ratio to those after it"
-        return rule.broken(step, path[sharpest][0], what, ratio, limit, meaning="it is this layer that does it")
-    what = f"gradient norm at the first of {len(path)} layers, as a ratio to the last ones"
-    factor = (path[0][1] / path[-1][1]) ** (1 / (len(path) - 1))
+        return rule.broken(step, layers[sharpest], what, ratio, limit, meaning="it is this layer that does it")
+    what = f"gradient norm at the first of {len(layers)} layers, as a ratio to the last ones"
+    factor = ratio ** (1 / (len(layers) - 1))
     details = f"each layer multiplies the gradient by {factor:.2g} on average"
-    return rule.broken(step, path[0][0], what, ratio, limit, details)
+    return rule.broken(step, layers[0], what, ratio, limit, details)
 
 
 # -- parameters' gradients ---------------------------------------------------------------------------------------------
@@ -178,13 +186,15 @@ CUT = Rule(
 UNUSED = replace(CUT, meaning="it takes no part in the forward pass, or not in the loss")
 
 
-def missing_gradients(*, window: int = 3) -> Check:
-    """Parameters that an optimizer updates and that got no gradient, or one of exact zeros, in `window` steps.
+def missing_gradients(*, window: int = 8) -> Check:
+    """Parameters that an optimizer updates and that never got a gradient, or only one of exact zeros.
 
-    Of a row of such layers, one after the other, the last one is named: there the gradient stops.
+    Of a row of such layers, one after the other, the last one is named: there the gradient stops. One that had a
+    gradient once is no finding: layers may be skipped at random (stochastic depth, LayerDrop), or take turns (experts,
+    heads of several tasks).
 
     Arguments:
-        window: steps in which it has to be so.
+        window: steps in a row in which it has to be so, at least.
 
     Source: an optimizer leaves a parameter without a gradient as it is.
     """
@@ -194,17 +204,18 @@ def missing_gradients(*, window: int = 3) -> Check:
         came = any(call.grad_outputs for each in seen for call in calls_of(each))
         if not came or not all(each.stepped for each in seen):
             return
-        lacking = [p for p in step.parameters.values() if all(_lacks(each.parameters.get(p.name)) for each in seen)]
+        steps = [each.parameters for each in seen]
+        lacking = [p for p in step.parameters.values() if not p.reached and all(_lacks(s.get(p.name)) for s in steps)]
+        what = "parameters without a gradient"
         called = list(dict.fromkeys(call.layer for call in sorted(calls_of(step), key=lambda call: call.order)))
         owners = {p.layer for p in step.parameters.values()}
         for row in _rows([layer for layer in called if layer in owners], {p.layer for p in lacking}):
             names = [p.name for p in lacking if p.layer == row[-1]]
             more = f"likewise {shown(row[-2::-1])} before it" if len(row) > 1 else ""
-            yield CUT.broken(step, row[-1], f"parameters without a gradient: {shown(names)}", len(names), 0, more)
+            yield CUT.broken(step, row[-1], what, len(names), 0, shown(names), more)
         unused = [p for p in lacking if p.layer not in called]
         if unused:
-            what = f"parameters without a gradient: {shown(p.name for p in unused)}"
-            yield UNUSED.broken(step, unused[0].layer, what, len(unused), 0)
+            yield UNUSED.broken(step, unused[0].layer, what, len(unused), 0, shown(p.name for p in unused))
 
     kinds = (Kind.OUTPUT | Kind.GRAD_OUTPUT, ParameterKind.GRAD)
     return Check("no gradient", judge, kinds, window)

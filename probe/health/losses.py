@@ -74,7 +74,7 @@ SPIKE = Rule(
 def loss_spikes(*, share: float = 0.5, sigmas: float = 10.0, jump: float = 3.0, window: int = 12) -> Check:
     """A loss that jumps, and the layer that moved first.
 
-    The loss is known from what ``backward()`` is called on.
+    The loss is known from what ``backward()`` is called on. Of jumps within one window the first is told.
 
     Arguments:
         share: a jump undoes this share of what was gained since the first step, and is at least this share of half the
@@ -87,19 +87,28 @@ def loss_spikes(*, share: float = 0.5, sigmas: float = 10.0, jump: float = 3.0, 
     """
 
     def judge(seen: Sequence[Step]) -> Iterator[Finding]:
-        step = seen[-1]
-        losses = [each.loss for each in seen[:-1] if each.loss is not None]
-        if len(losses) < 5 or step.loss is None or step.first_loss is None:
-            return
-        usual = statistics.median(losses[-5:])
-        sigma = 1.4826 * statistics.median(abs(b - a) for a, b in itertools.pairwise(losses))
-        limit = usual + max(sigmas * sigma, share * max(step.first_loss - usual, abs(usual) / 2))
-        if step.loss > limit:
+        if any(_limit(seen[:number], share, sigmas) for number in range(len(seen))):
+            return  # it was told; what comes now is a consequence
+        found = _limit(seen, share, sigmas)
+        if found is not None:
+            usual, limit = found
             layer, details = _first_mover(seen, jump)
-            yield SPIKE.broken(step, layer, "loss", step.loss, limit, f"median before it {usual:.3g}", details)
+            before = f"median before it {usual:.3g}"
+            yield SPIKE.broken(seen[-1], layer, "loss", seen[-1].loss, limit, before, details)
 
     kinds = (Kind.OUTPUT | Kind.GRAD_OUTPUT, ParameterKind.UPDATE)
     return Check("loss spike", judge, kinds, window, eager=True)
+
+
+def _limit(seen: Sequence[Step], share: float, sigmas: float) -> tuple[float, float] | None:
+    """The usual loss, and the limit that the last step's is above; None if it is not, or if too few are known."""
+    losses = [each.loss for each in seen[:-1] if each.loss is not None]
+    if len(losses) < 5 or seen[-1].loss is None or seen[-1].first_loss is None:
+        return None
+    usual = statistics.median(losses[-5:])
+    sigma = 1.4826 * statistics.median(abs(b - a) for a, b in itertools.pairwise(losses))
+    limit = usual + max(sigmas * sigma, share * max(seen[-1].first_loss - usual, abs(usual) / 2))
+    return (usual, limit) if seen[-1].loss > limit else None
 
 
 def _first_mover(seen: Sequence[Step], jump: float) -> tuple[str, str]:

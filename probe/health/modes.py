@@ -37,7 +37,8 @@ def _switches(call: CallRecord) -> bool:
 def evaluation_mode(*, passes: int = 2) -> Check:
     """Passes without a graph, as in evaluation, through dropout or BatchNorm in train mode.
 
-    One such pass between two steps is no finding: that is how a GAN makes samples for its discriminator.
+    One such pass between two steps is no finding, nor are several in each of two successive steps: that is how a GAN
+    makes samples for its discriminator.
 
     Arguments:
         passes: so many in a row are an evaluation; one is enough under ``p.tag(...)`` or in eval mode.
@@ -47,15 +48,17 @@ def evaluation_mode(*, passes: int = 2) -> Check:
 
     def judge(seen: Sequence[Step]) -> Iterator[Finding]:
         step = seen[-1]
+        before = seen[-2] if len(seen) == 3 else None
+        rare = before is not None and (before.blind_passes < passes or step.number > before.number + 1)
         for pass_ in step.passes:
             wrong = [call.layer for call in pass_.calls if call.training and _switches(call)]
-            if wrong and not pass_.grad and (pass_.mode != "train" or step.blind_passes >= passes):
+            if wrong and not pass_.grad and (pass_.mode != "train" or (step.blind_passes >= passes and rare)):
                 layer = "" if pass_.training else wrong[0]
-                what = f"layers in train mode in a pass without gradients: {shown(wrong)}"
-                yield TRAIN_MODE.broken(step, layer, what, len(wrong), 0)
+                what = "layers in train mode in a pass without gradients"
+                yield TRAIN_MODE.broken(step, layer, what, len(wrong), 0, shown(wrong))
                 return
 
-    return Check("train mode in evaluation", judge, (_FORWARD,))
+    return Check("train mode in evaluation", judge, (_FORWARD,), 3, eager=True)
 
 
 def training_mode(*, window: int = 2) -> Check:
@@ -76,8 +79,8 @@ def training_mode(*, window: int = 2) -> Check:
         if layers:
             whole = all(not pass_.training for pass_ in step.trained())
             for layer in [""] if whole else dict.fromkeys(layers):
-                what = f"layers in eval mode in training steps: {shown(layers)}"
-                yield EVAL_MODE.broken(step, layer, what, len(set(layers)), 0)
+                what = "layers in eval mode in training steps"
+                yield EVAL_MODE.broken(step, layer, what, len(set(layers)), 0, shown(layers))
 
     return Check("eval mode in training", judge, (_FORWARD | Kind.GRAD_OUTPUT,), window)
 

@@ -76,8 +76,8 @@ def output_facts(module: nn.Module, tensors: list[tuple[str, torch.Tensor]], hea
         low, high = _BOUNDED[type(module)]
         if isinstance(module, nn.Hardtanh):
             low, high = module.min_val, module.max_val
-            return {"saturated": ((value <= low) | (value >= high)).double().mean()}
-        return {"saturated": ((value < low) | (value > high)).double().mean()}
+            return {"saturated": ((value <= low) | (value >= high)).float().mean()}
+        return {"saturated": ((value < low) | (value > high)).float().mean()}
     return {}
 
 
@@ -91,7 +91,7 @@ def peaked(weights: torch.Tensor) -> Facts:
         return {}
     rows = weights.float()
     entropy = torch.special.entr(rows).sum(-1) / math.log(rows.shape[-1])
-    return {"peaked": (entropy < 0.01).double().mean(), "sums": (rows.sum(-1) - 1).abs().amax()}
+    return {"peaked": (entropy < 0.01).float().mean(), "sums": (rows.sum(-1) - 1).abs().amax()}
 
 
 def _multihead(module: nn.MultiheadAttention, tensors: list[torch.Tensor]) -> Facts:

@@ -169,11 +169,11 @@ def optimizer_membership(*, window: int = 2) -> Check:
             if p.optimizers == 0 and len(versions) == 1:  # nobody else updates it
                 unlisted.setdefault(p.layer, []).append(name)
             elif p.optimizers > 1:
-                what = f"param groups that list {name!r}: {shown(p.groups)}"
-                yield TWICE.broken(step, p.layer, what, p.optimizers, 1)
+                what = f"param groups that list {name!r}"
+                yield TWICE.broken(step, p.layer, what, p.optimizers, 1, shown(p.groups))
         for layer, names in unlisted.items():
-            what = f"parameters that no optimizer of the probe lists: {shown(names)}"
-            yield UNLISTED.broken(step, layer, what, len(names), 0)
+            what = "parameters that no optimizer of the probe lists"
+            yield UNLISTED.broken(step, layer, what, len(names), 0, shown(names))
 
     return Check("optimizers", judge, (ParameterKind.GRAD, Kind.GRAD_OUTPUT), window)
 

@@ -85,6 +85,7 @@ class ParameterRecord:
         groups: the names of these groups.
         stepped: whether an optimizer that has it stepped.
         first_norm: the L2 norm of its value in the first observed step.
+        reached: whether it had a gradient other than zero in any step so far.
         value: before the step.
         grad: as the last backward pass of the step left it; None: there is no gradient.
         update: what the step added.
@@ -102,6 +103,7 @@ class ParameterRecord:
     groups: tuple[str, ...] = ()
     stepped: bool = False
     first_norm: float = 0.0
+    reached: bool = False
     value: Vitals | None = None
     grad: Vitals | None = None
     update: Vitals | None = None

@@ -42,7 +42,7 @@ def check(
 
     if not batch:
         raise TypeError("check needs a batch: health.check(model, loss_fn, x, y)")
-    twin, stepper = copy.deepcopy((model, optimizer))
+    twin, stepper = _copied(model, optimizer)
     given = batch[:-1] if len(batch) > 1 else batch
     target = batch[-1:] if len(batch) > 1 else ()
     devices = sorted(
@@ -50,10 +50,19 @@ def check(
     )
     p = Probe(twin, optimizer=stepper, observers=health.checks() if checks is None else checks)
     with torch.random.fork_rng(devices), p:
-        for _ in range(steps):
+
+        def closure() -> Any:
             twin.zero_grad()
             output = twin(**given[0]) if len(given) == 1 and isinstance(given[0], Mapping) else twin(*given)
-            loss_fn(output, *target).backward()
+            loss = loss_fn(output, *target)
+            loss.backward()
+            return loss
+
+        for _ in range(steps):
+            if isinstance(stepper, torch.optim.LBFGS):  # it calls the model itself
+                stepper.step(closure)
+                continue
+            closure()
             if stepper is None:
                 p.step()
             else:
@@ -61,3 +70,15 @@ def check(
     if report is not None:
         report(str(p.findings))
     return p.findings
+
+
+def _copied(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> tuple[nn.Module, torch.optim.Optimizer | None]:
+    """Copies, the optimizer's of the copied model's parameters."""
+    memo: dict[int, Any] = {}
+    twin, stepper = copy.deepcopy(model, memo), copy.deepcopy(optimizer, memo)
+    if stepper is not None:  # what an optimizer has of its own, as LBFGS, torch does not copy
+        own = {key: value for key, value in vars(optimizer).items() if not callable(value)}
+        vars(stepper).update(copy.deepcopy({key: own[key] for key in own.keys() - vars(stepper).keys()}, memo))
+    return twin, stepper

@@ -68,6 +68,7 @@ def nonfinite_values(*, history: int = 5) -> Check:
 
 
 def _origin(pass_: PassRecord, seen: Sequence[Step]) -> Finding:
+    """The finding about the data, or about the layer that made it or met it first."""
     step, root = seen[-1], pass_.root
     if root is not None and any(each.nan or each.posinf for each in root.inputs.values()):
         count = sum(each.nonfinite for each in root.inputs.values())
@@ -81,7 +82,9 @@ def _origin(pass_: PassRecord, seen: Sequence[Step]) -> Finding:
     if own:
         meaning = f"its parameter {own[0]!r} is not finite: it was so from the start, or an update made it so"
     elif first not in made:
-        meaning = "it was in this layer's input already: an operation between the layer before and this one made it"
+        before = [call.layer for call in inner if call.order < first.order and finite(call.outputs.values())]
+        where = f"between {before[-1]!r} and this one" if before else "before it"
+        meaning = f"it was in this layer's input already: an operation {where} made it"
     return NONFINITE.broken(
         step,
         first.layer,
@@ -192,6 +195,9 @@ CONSTANT = Rule(
 def constant_outputs(*, spread: float = 1e-6, window: int = 3) -> Check:
     """Layers that give every sample the same output though their inputs differ.
 
+    One that no gradient passes, while it reaches the layers that feed it, is meant to be so: it looks at no more than
+    its input's shape, as an encoding of positions does.
+
     Arguments:
         spread: the largest difference between samples, relative to the largest value, that counts as none.
         window: steps in which it has to be so.
@@ -200,13 +206,25 @@ def constant_outputs(*, spread: float = 1e-6, window: int = 3) -> Check:
     """
 
     def judge(seen: Sequence[Step]) -> Iterator[Finding]:
-        flat = [{(c.layer, c.index): c for c in calls_of(step) if collapses(c, spread)} for step in seen]
+        flat = [
+            {(c.layer, c.index): c for p in step.trained() for c in p.calls if c.layer and _swallows(c, p, spread)}
+            for step in seen
+        ]
         for key, call in flat[-1].items():
             if all(key in each for each in flat):
                 what = "largest difference between samples, relative to the largest value"
                 yield CONSTANT.broken(seen[-1], key[0], what, max(_spreads(call.outputs.values())), spread)
 
-    return Check("constant output", judge, (_FORWARD,), window)
+    return Check("constant output", judge, (_FORWARD, Kind.GRAD_INPUT | Kind.GRAD_OUTPUT), window)
+
+
+def _swallows(call: CallRecord, pass_: PassRecord, limit: float) -> bool:
+    """Whether a call collapses what it does depend on."""
+    if not collapses(call, limit):
+        return False
+    reached = {each.layer for each in pass_.calls if each.grad_outputs}
+    fed_back = bool(call.grad_inputs) or not any(each.grad_inputs for each in pass_.calls)
+    return fed_back or not call.fed_by or not reached.issuperset(call.fed_by)
 
 
 def collapses(call: CallRecord, limit: float) -> bool:
