@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from probe import cam, health, schedule
     from probe.board import Board
-    from probe.capture import Capture, Embedding, Histogram, Image, Kind, ParameterKind, Scalar
+    from probe.capture import Capture, Embedding, Histogram, Image, Kind, ParameterKind, Scalar, Statistics
     from probe.core import Probe, ProbeWarning
     from probe.select import NoSuchLayer
     from probe.summary import dead_units, embedding, feature_maps, histogram, input_images, kernels, stats
@@ -27,6 +27,7 @@ __all__ = [
     "Probe",
     "ProbeWarning",
     "Scalar",
+    "Statistics",
     "cam",
     "dead_units",
     "embedding",
@@ -44,7 +45,9 @@ _WHERE = {
     "Board": "probe.board",
     "NoSuchLayer": "probe.select",
     **dict.fromkeys(("Probe", "ProbeWarning"), "probe.core"),
-    **dict.fromkeys(("Capture", "Embedding", "Histogram", "Image", "Kind", "ParameterKind", "Scalar"), "probe.capture"),
+    **dict.fromkeys(
+        ("Capture", "Embedding", "Histogram", "Image", "Kind", "ParameterKind", "Scalar", "Statistics"), "probe.capture"
+    ),
     **dict.fromkeys(
         ("dead_units", "embedding", "feature_maps", "histogram", "input_images", "kernels", "stats"), "probe.summary"
     ),

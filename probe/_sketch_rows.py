@@ -38,11 +38,12 @@ COUNT, ZEROS, NAN, POSINF, NEGINF, MAX, MIN, SHIFT, SUM, SQUARES = range(HEAD)
 DROP = 23 - MANTISSA  # the low bits of a float32, which make no difference to its bin
 NEGATIVE = BINS // 2  # the first bin of negative values: those next to 0
 INFINITE = 255 << MANTISSA  # the first bin of Inf and NaN, counted from the first one of its sign
+LOWEST = NEGATIVE + INFINITE - 1  # the bin of the lowest finite values
 TOP = -(1 << 63)
 
 _CHUNK = 1 << 19  # elements; as float32 they fill two megabytes
 _PIECE = 1 << 17  # elements; as float64 they fill a megabyte, a common level 2 cache
-_SMALL = (
+SMALL = (
     10_000  # elements; up to here NumPy's calls cost less than torch's, its BLAS keeps to one thread, and gluing pays
 )
 _GLUED = 1 << 15  # elements of small tensors that are glued together at most
@@ -216,7 +217,7 @@ def _host_rows(flats: Sequence[Flat], histogram: bool) -> list[Tensor]:
     rows: dict[int, Tensor] = {}
     small: dict[torch.dtype, list[int]] = {}
     for i, (values, _, _) in enumerate(flats):
-        if 0 < values.numel() <= _SMALL:
+        if 0 < values.numel() <= SMALL:
             small.setdefault(values.dtype, []).append(i)
         else:
             rows[i] = _host_row(values, histogram)
@@ -309,7 +310,7 @@ def _chunks(values: Tensor) -> Iterator[tuple[Array, Array]]:
 
 def _extremes(x: Array) -> tuple[float, float]:
     """The least and the greatest element; NaN where one is."""
-    if len(x) > _SMALL:
+    if len(x) > SMALL:
         low, high = torch.from_numpy(x).aminmax()
         return low.item(), high.item()
     return float(np.minimum.reduce(x)), float(np.maximum.reduce(x))
@@ -324,7 +325,7 @@ def _sums(x: Array, shift: float) -> tuple[float, float]:
         np.copyto(wide, piece)
         if shift:
             wide -= shift
-        if len(wide) > _SMALL:
+        if len(wide) > SMALL:
             tensor = torch.from_numpy(wide)
             total, squares = total + tensor.sum().item(), squares + tensor.dot(tensor).item()
         else:
@@ -336,7 +337,7 @@ def _count(exact: Array, narrow: Array, bins: Array) -> int:
     """Add the bins of finite values, given exactly and as float32, to `bins`; returns how many are exactly zero."""
     index = _buffers.take("u2", len(narrow))
     np.right_shift(narrow.view(np.uint32), DROP, out=index, casting="unsafe")
-    if len(index) > _SMALL:
+    if len(index) > SMALL:
         counts: Array = torch.bincount(torch.from_numpy(index.view(np.int16)), minlength=BINS).numpy()
     else:
         counts = np.bincount(index, minlength=BINS)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from probe import image, sketch
-from probe.capture import Histogram, Image, Scalar, Shown
+from probe.capture import Histogram, Image, Scalar, Shown, Statistics, nothing_to_show
 
 Values = list["Summary.Value"]
 
@@ -26,19 +26,23 @@ def shown(items: Iterable[Shown], seen: MutableSet[str]) -> Values:
     """The values of one event. `seen`: see `histogram`.
 
     Raises:
-        TypeError: an item is no Scalar, Histogram or Image. (An Embedding is no value of an event: it is files.)
+        TypeError: an item is nothing to show, or an Embedding, which is no value of an event: it is files.
     """
     values: Values = []
     for item in items:
         match item:
             case Scalar():
                 values += scalar(item.tag, item.value)
+            case Statistics():
+                drawn = item.value if isinstance(item.value, sketch.Sketch) else sketch.of(item.value)
+                numbers = [] if drawn is None else zip(item.names, drawn.numbers(item.names), strict=True)
+                values += [Summary.Value(tag=name, simple_value=number) for name, number in numbers]
             case Histogram():
                 values += histogram(item.tag, item.value, seen)
             case Image():
                 values += picture(item.tag, item.value, "NCHW"[-item.value.dim() :])
             case _:
-                raise TypeError(f"a summary yields Scalar, Histogram, Image and Embedding, not {type(item).__name__}")
+                raise nothing_to_show(type(item).__name__)
     return values
 
 

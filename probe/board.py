@@ -166,7 +166,7 @@ class Board(SummaryWriter):
 
         Arguments:
             step: their common step; None for the one after the last of their tags.
-            items: `Scalar`, `Histogram`, `Image` and `Embedding`, as summaries yield them.
+            items: `Scalar`, `Statistics`, `Histogram`, `Image` and `Embedding`, as summaries yield them.
             wall_time: seconds since the epoch; None for now.
             run: name of a sub-run, a folder below `log_dir`: ``"valid"`` beside the training's. The projector has one
                 list for all runs: there an embedding's tag begins with the name.

@@ -6,7 +6,7 @@ import enum
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -108,6 +108,21 @@ class Scalar:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Statistics:
+    """Some numbers of a tensor to plot, a curve each, under their names.
+
+    Arguments:
+        value: a tensor of any shape, or a `probe.sketch.Sketch`, on any device: it is not waited for. What shares a
+            place and a step is added up, so that the numbers of micro-batches are those of the batch.
+        names: of ``"mean", "std", "min", "max", "norm", "rms", "sum", "count", "zeros", "nan", "inf"``; zeros is a
+            share (0 to 1), nan and inf are counts.
+    """
+
+    value: Any
+    names: tuple[str, ...] = ("mean", "std", "min", "max", "norm", "zeros", "nan", "inf")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Histogram:
     """A distribution to plot. `value` is a tensor of any shape, or a `probe.sketch.Sketch`."""
 
@@ -132,8 +147,14 @@ class Embedding:
     labels: list[Any] | None = None
 
 
-Shown = Scalar | Histogram | Image | Embedding
+Shown = Scalar | Statistics | Histogram | Image | Embedding
 """What a summary yields."""
+
+
+def nothing_to_show(what: str) -> TypeError:
+    """The error that says what a summary may yield, and that this is none of it."""
+    return TypeError(f"a summary yields {', '.join(kind.__name__ for kind in get_args(Shown))}, not {what}")
+
 
 Summary = Callable[[Capture], Iterable[Shown] | None]
 """The whole extension interface: a function of one capture that yields things to show."""

@@ -15,8 +15,8 @@ from probe.capture import Capture, Embedding, Histogram, Image, Kind, Layer, Par
 from probe.hooks import after_backward
 from probe.observers import Joint, quiet, tensor_taker
 from probe.ranks import Norm, Part
-from probe.sketch import Sketch
-from probe.summary import draw_all, forget_drawn
+from probe.sketch import Pool, Sketch
+from probe.summary import draw_all, drawing, forget_drawn
 from probe.tally import Tally, described
 from probe.tree import snapshot
 
@@ -96,6 +96,7 @@ class Log(Receiver):
         self._parameters = parameters
         self._steps: dict[int, Tally] = {}
         self._lock = threading.Lock()
+        self._pool = Pool()
         self._before: dict[int, torch.Tensor] = {}
 
     # -- activations ---------------------------------------------------------------------------------------------------
@@ -112,7 +113,7 @@ class Log(Receiver):
         stem = f"{layer.name or module_type.__name__}/{kind.label}"
 
         def deliver(call: Call, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-            with quiet():
+            with quiet(), drawing(self._pool.of):
                 for path, tensor in tensors:
                     own, part = ranks.part(tensor)
                     value = snapshot(own, call.info.fixed)
@@ -190,14 +191,17 @@ class Log(Receiver):
                 if scale is not None:
                     self._add(step, "grad_scaler", Scalar("scale", scale.clone()))
             captures: list[tuple[Capture, Part]] = []
+            earlier: list[torch.Tensor] = []
             for key, (_, parameter, _, _) in self._of(optimizer):
                 before = self._before.pop(key, None)
                 if before is not None:
                     after, part = ranks.part(parameter.detach(), replicated=True)
                     capture, _ = self._capture(key, ParameterKind.UPDATE, after - before, step)
                     captures.append((capture, part))
-                    ratio = Norm(ranks.squares([capture.value]), ranks.squares([before]))
-                    self._add(step, f"{capture.name}/update", Scalar("ratio", ratio), part)
+                    earlier.append(before)
+            moved = ranks.each_squares([capture.value for capture, _ in captures])
+            for (capture, part), *ratio in zip(captures, moved, ranks.each_squares(earlier), strict=True):
+                self._add(step, f"{capture.name}/update", Scalar("ratio", Norm(*ratio)), part)
             self._show(captures)
 
     def _measure_gradients(self) -> None:

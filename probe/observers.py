@@ -180,14 +180,19 @@ def tensor_taker(kind: Kind, deliver: Callable[[Call, list[tuple[str, torch.Tens
     return takers.get(kind, take_gradient)
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> contextlib.AbstractContextManager[object]:
     """No graph, no autocast (where even ``x.float() @ y`` would be bfloat16), no transform of ``torch.func``."""
+    cast = [device for device in ("cpu", "cuda", "mps", "xpu") if torch.is_autocast_enabled(device)]
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    return _all_off(cast, transformed) if cast or transformed else torch.no_grad()
+
+
+@contextlib.contextmanager
+def _all_off(cast: list[str], transformed: bool) -> Iterator[None]:
     with torch.no_grad(), contextlib.ExitStack() as stack:
-        for device in ("cpu", "cuda", "mps", "xpu"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        for device in cast:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        if transformed:
             stack.enter_context(untransformed())
         yield
 

@@ -86,9 +86,15 @@ class Norm(NamedTuple):
     squares: Tensor
     over: Tensor | None = None
 
-    def value(self) -> Tensor:
-        """The norm, or the ratio of norms: 0-dim, on their device."""
-        return self.squares.sqrt() if self.over is None else self.squares.sqrt() / self.over.sqrt()
+
+def roots(norms: Sequence[Norm]) -> Sequence[Tensor]:
+    """The norms, or ratios of norms: 0-dim, on the device of the first one; waits for no device."""
+    if not norms:
+        return []
+    first = norms[0].squares
+    one = torch.ones_like(first)
+    over = torch.stack([one if norm.over is None else norm.over.to(first) for norm in norms])
+    return (torch.stack([norm.squares.to(first) for norm in norms]).sqrt() / over.sqrt()).unbind()
 
 
 def norm_of(tensors: Iterable[Tensor], *, merged: bool) -> tuple[Norm, Part]:
@@ -102,12 +108,18 @@ def norm_of(tensors: Iterable[Tensor], *, merged: bool) -> tuple[Norm, Part]:
 
 def squares(tensors: Iterable[Tensor]) -> Tensor:
     """The sum of the squares of all elements: 0-dim, on the tensors' device, in float64 where that has it."""
+    each = each_squares(list(tensors))
+    return each.sum() if len(each) else torch.zeros((), dtype=torch.float64)
+
+
+def each_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """For each tensor the sum of the squares of its elements: ``[n]``, as of `squares`."""
     dense = [t.coalesce().values() if t.is_sparse else t for t in tensors]
     dense = [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in dense]
     if not dense:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros(0, dtype=torch.float64)
     norms = torch.stack([norm.to(dense[0].device) for norm in torch._foreach_norm(dense)])
-    return norms.to(torch.float32 if norms.device.type == "mps" else torch.float64).square().sum()
+    return norms.to(torch.float32 if norms.device.type == "mps" else torch.float64).square()
 
 
 def refuse_flat(parameters: Iterable[Tensor]) -> None:
@@ -128,7 +140,7 @@ class Gathered(Protocol):
     """What a log gathered in one step, by mode and tag."""
 
     scalars: dict[Key, tuple[Any, int]]
-    statistics: dict[Key, tuple[Sketch, str]]
+    statistics: dict[Key, tuple[Sketch, tuple[str, ...]]]
     histograms: dict[Key, Sketch]
     norms: dict[Key, Norm]
     parts: dict[Key, Part]

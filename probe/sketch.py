@@ -6,6 +6,7 @@
     s + sketch.of(y)                    # the sketch of x and y together
 
     rows = sketch.of_many(parameters)   # many tensors in few launches
+    s = pool.of(x)                      # sketch.Pool: in few launches too, of tensors that come one by one
     later = sketch.fetch(rows)          # one copy per device, asynchronous on CUDA
     later.done(), later.result()        # poll; or wait, in a background thread
 
@@ -39,8 +40,11 @@ one collective of integers, after which every rank folds the same headers in the
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Sequence
+import struct
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
@@ -49,21 +53,27 @@ import torch
 from torch import Tensor
 
 from probe import _sketch_rows as layout
-from probe._sketch_rows import BINS, HEAD, MANTISSA, ROW, Array, flatten, fold, measure, unkeys, unseen
+from probe._sketch_rows import BINS, HEAD, MANTISSA, ROW, Array, Flat, flatten, fold, measure, unkeys, unseen
 
 __all__ = [
     "BINS",
     "HEAD",
     "MANTISSA",
+    "NUMBERS",
     "ROW",
     "Buckets",
     "Fetch",
+    "Pool",
     "Sketch",
     "all_reduce",
     "fetch",
     "of",
     "of_many",
 ]
+
+
+NUMBERS = ("mean", "std", "min", "max", "norm", "rms", "sum", "count", "zeros", "nan", "inf")
+"""What `Sketch.numbers` knows."""
 
 
 class Buckets(NamedTuple):
@@ -91,13 +101,18 @@ class Sketch:
     TERMS = 16
 
     def __init__(self, row: Tensor) -> None:
-        self._terms = [row]
+        self._terms: list[Tensor | _Promise] = [row]
 
     @property
     def row(self) -> Tensor:
         """int64 ``[ROW]``, or ``[HEAD]`` without a histogram, on the sketch's device: see the module's docstring."""
         _settle([self])
-        return self._terms[0]
+        (row,) = self._rows()
+        return row
+
+    def _rows(self) -> list[Tensor]:
+        """The terms, the promised ones too."""
+        return [term.row() if isinstance(term, _Promise) else term for term in self._terms]
 
     @property
     def device(self) -> torch.device:
@@ -111,48 +126,51 @@ class Sketch:
 
     def moments(self) -> Sketch:
         """The same without the histogram."""
-        return self._with([term[:HEAD] for term in self._terms])
+        return self._with([term[:HEAD] for term in self._rows()])
 
     def nothing(self) -> Sketch:
         """The sketch of no element, there and of that size: what changes nothing when it is added."""
-        return Sketch(self._terms[0].new_zeros(min(map(len, self._terms))))
+        return Sketch(torch.zeros(min(map(len, self._terms)), dtype=torch.int64, device=self.device))
 
     @cached_property
     def _words(self) -> Array:
         return self.row.cpu().numpy()
 
     @cached_property
+    def _head(self) -> list[int]:
+        return self._words[:HEAD].tolist()  # type: ignore[no-any-return]
+
+    @cached_property
     def _floats(self) -> tuple[float, float, float, float, float]:
         """Maximum, minimum, shift, sum and sum of squares about the shift."""
-        words = self._words
-        high, low = unkeys(words[layout.MAX : layout.SHIFT]).view(np.float64).tolist()
-        shift, total, squares = words[layout.SHIFT : HEAD].view(np.float64).tolist()
+        high, low, *rest = self._head[layout.MAX :]
+        high, low, shift, total, squares = struct.unpack("5d", struct.pack("5q", unkeys(high), unkeys(low), *rest))
         return high + 0.0, 0.0 - low, shift, total, squares  # never -0.0
 
     @property
     def count(self) -> int:
         """Number of elements, NaN and Inf included."""
-        return int(self._words[layout.COUNT])
+        return self._head[layout.COUNT]
 
     @property
     def zeros(self) -> int:
         """Number of elements that are exactly 0 or -0."""
-        return int(self._words[layout.ZEROS])
+        return self._head[layout.ZEROS]
 
     @property
     def nan(self) -> int:
         """Number of NaN."""
-        return int(self._words[layout.NAN])
+        return self._head[layout.NAN]
 
     @property
     def posinf(self) -> int:
         """Number of +Inf."""
-        return int(self._words[layout.POSINF])
+        return self._head[layout.POSINF]
 
     @property
     def neginf(self) -> int:
         """Number of -Inf."""
-        return int(self._words[layout.NEGINF])
+        return self._head[layout.NEGINF]
 
     @cached_property
     def finite(self) -> int:
@@ -206,6 +224,20 @@ class Sketch:
         """The largest finite value, exact (as a float64); NaN when there is none."""
         return self._floats[0] if self.finite else math.nan
 
+    def numbers(self, names: Iterable[str]) -> list[float]:
+        """Several of its numbers, as floats.
+
+        Arguments:
+            names: of `NUMBERS`: its properties, but zeros is a share (0 to 1, NaN for an empty tensor), and inf counts
+                both infinities.
+        """
+        return [self._number(name) for name in names]
+
+    def _number(self, name: str) -> float:
+        if name == "zeros":
+            return self.zeros / self.count if self.count else math.nan
+        return float(self.posinf + self.neginf if name == "inf" else getattr(self, name))
+
     def _bins(self) -> tuple[Array, Array, Array]:
         """Left edges, right edges and counts of the bins that are not empty, from the lowest to the highest."""
         if len(self._words) == HEAD:
@@ -214,12 +246,12 @@ class Sketch:
                 "Make it with sketch.of(tensor) to read quantiles and buckets."
             )
         bins = self._words[HEAD:]
-        counts = np.concatenate(
-            [bins[layout.NEGATIVE : layout.NEGATIVE + layout.INFINITE][::-1], bins[: layout.INFINITE]]
-        )
-        (filled,) = counts.nonzero()
+        (filled,) = bins.nonzero()
+        positive = int(filled.searchsorted(layout.NEGATIVE))
+        filled = np.concatenate([filled[positive:][::-1], filled[:positive]])
+        place = np.where(filled < layout.NEGATIVE, filled + layout.INFINITE, layout.LOWEST - filled)
         edges = layout.edges()
-        return edges[filled], edges[filled + 1], counts[filled]
+        return edges[place], edges[place + 1], bins[filled]
 
     def quantile(self, q: float) -> float:
         """The q-quantile of the finite values, wrong by at most the width of the bins it falls into.
@@ -292,17 +324,18 @@ class Sketch:
         """The sketch of both tensors together: counts are exact, moments right to float64's rounding."""
         if not isinstance(other, Sketch):
             return NotImplemented
-        terms = [*self._terms, *other._terms]
-        width, device = min(len(term) for term in terms), terms[0].device
-        total = self._with([_moved(term[:width], device) for term in terms])
-        if len(terms) >= self.TERMS:
+        total = self._with([*self._terms, *other._terms])
+        width, device = min(map(len, total._terms)), self.device
+        if any(len(term) > width or term.device != device for term in total._terms):
+            total = self._with([_moved(row[:width], device) for row in total._rows()])
+        if len(total._terms) >= self.TERMS:
             _settle([total])
         return total
 
     @staticmethod
-    def _with(terms: list[Tensor]) -> Sketch:
-        made = Sketch(terms[0])
-        made._terms = terms
+    def _with(terms: Iterable[Tensor | _Promise]) -> Sketch:
+        made = Sketch.__new__(Sketch)
+        made._terms = list(terms)
         return made
 
     def __radd__(self, other: object) -> Sketch:
@@ -312,8 +345,8 @@ class Sketch:
         return Sketch, (self.row.clone(),)  # the row may lie among others, all of which would be pickled
 
     def __repr__(self) -> str:
-        if self._terms[0].device.type != "cpu":
-            return f"Sketch(on {self._terms[0].device}; fetch it to read it)"
+        if self.device.type != "cpu":
+            return f"Sketch(on {self.device}; fetch it to read it)"
         fields = ("count", "mean", "std", "min", "max", "zeros", "nan", "posinf", "neginf")
         values = {name: getattr(self, name) for name in fields}
         return f"Sketch({', '.join(f'{k}={v:.6g}' if isinstance(v, float) else f'{k}={v}' for k, v in values.items())})"
@@ -324,10 +357,11 @@ def _settle(sketches: Iterable[Sketch]) -> None:
     groups: dict[tuple[Any, ...], list[Sketch]] = {}
     for sketch in sketches:
         if len(sketch._terms) > 1:
-            key = sketch._terms[0].device, len(sketch._terms), len(sketch._terms[0])
+            sketch._terms = [*sketch._rows()]
+            key = sketch.device, len(sketch._terms), len(sketch._terms[0])
             groups.setdefault(key, []).append(sketch)
     for group in groups.values():
-        rows = fold(torch.stack([torch.stack(terms) for terms in zip(*(s._terms for s in group), strict=True)]))
+        rows = fold(torch.stack([torch.stack(terms) for terms in zip(*(s._rows() for s in group), strict=True)]))
         for sketch, row in zip(group, rows, strict=True):
             sketch._terms = [row]
 
@@ -389,6 +423,89 @@ def of_many(tensors: Iterable[Tensor], *, histogram: bool = True) -> list[Sketch
             for i, row in zip(indices, rows, strict=True):
                 sketches[i] = Sketch(row)
         return sketches
+
+
+class Pool:
+    """Sketches of small tensors that come one by one, made together: a fifth of the cost, where calls are what costs.
+
+    Few tensors wait at a time (`WAITING`, of `ELEMENTS` elements together; larger ones are sketched at once), and none
+    once a sketch of the pool is read, added to 15 others, fetched or merged. Any thread may use it.
+    """
+
+    WAITING = 64
+    ELEMENTS = 1 << 15
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._waiting: list[tuple[_Promise, Flat]] = []
+        self._elements = 0
+
+    def of(self, tensor: Tensor) -> Sketch | None:
+        """As the function `of`; but the tensor must keep its values until the sketch is made: give it a snapshot."""
+        with unseen():
+            flat = flatten(tensor)
+            if flat is None:
+                return None
+            size = flat.values.numel()
+            if not 0 < size <= layout.SMALL or not _may_wait(flat.values):
+                return Sketch(measure([flat], True)[0])
+            with self._lock:
+                if len(self._waiting) == self.WAITING or self._elements + size > self.ELEMENTS:
+                    self.settle()
+                promise = _Promise(self, flat.values.device)
+                self._waiting.append((promise, flat))
+                self._elements += size
+            return Sketch._with([promise])
+
+    def settle(self) -> None:
+        """Make the sketches that wait."""
+        with self._lock, unseen():
+            for device in {promise.device for promise, _ in self._waiting}:
+                here = [each for each in self._waiting if each[0].device == device]
+                with _as_launched(device):
+                    rows = measure([flat for _, flat in here], True)
+                for (promise, _), row in zip(here, rows, strict=True):
+                    promise.made = row
+            self._waiting, self._elements = [], 0
+
+
+class _Promise:
+    """The row that a pool will make."""
+
+    __slots__ = ("_pool", "device", "made")
+
+    def __init__(self, pool: Pool, device: torch.device) -> None:
+        self._pool = pool
+        self.device = device
+        self.made: Tensor | None = None
+
+    def __len__(self) -> int:
+        return ROW
+
+    def row(self) -> Tensor:
+        if self.made is None:
+            self._pool.settle()
+        assert self.made is not None
+        return self.made
+
+
+def _may_wait(values: Tensor) -> bool:
+    """Whether a kernel that is launched later still comes after what made the values, and before they are freed."""
+    if values.is_cuda:
+        return not torch._C._cuda_getCurrentRawStream(values.device.index)  # the default stream, to which we return
+    return values.is_cpu
+
+
+@contextlib.contextmanager
+def _as_launched(device: torch.device) -> Iterator[None]:
+    """On CUDA, launch on the default stream, and have the current one wait for it."""
+    if device.type != "cuda" or not torch._C._cuda_getCurrentRawStream(device.index):
+        yield
+        return
+    default = torch.cuda.default_stream(device)
+    with torch.cuda.stream(default):
+        yield
+    torch.cuda.current_stream(device).wait_stream(default)
 
 
 class Fetch:

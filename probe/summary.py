@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,54 +11,41 @@ import torch
 from torch import nn
 
 from probe import image, sketch
-from probe.capture import Capture, Embedding, Histogram, Image, Kind, ParameterKind, Scalar, Shown, Summary
+from probe.capture import Capture, Embedding, Histogram, Image, Kind, ParameterKind, Scalar, Shown, Statistics, Summary
 from probe.sketch import Sketch
 
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 _TRANSPOSED = (nn.modules.conv._ConvTransposeNd,)
 
 
-class Statistic:
-    """A number of a sketch that may still be on a device: reading it, by ``float()``, waits for it.
+class _Drawn(threading.local):
+    """The latest captures and their sketches. Captures are held, so that the id is not given to another."""
 
-    Arguments:
-        sketch: of which tensor.
-        name: which of ``"mean", "std", "min", "max", "norm", "rms", "zeros", "nan", "inf"``; zeros is a share (0 to 1),
-            nan and inf are counts.
-    """
-
-    __slots__ = ("name", "sketch")
-
-    def __init__(self, sketch_: Sketch, name: str) -> None:
-        self.sketch = sketch_
-        self.name = name
-
-    def __float__(self) -> float:
-        drawn = self.sketch
-        if self.name == "zeros":
-            return drawn.zeros / drawn.count if drawn.count else float("nan")
-        if self.name == "inf":
-            return float(drawn.posinf + drawn.neginf)
-        return float(getattr(drawn, self.name))
-
-    def item(self) -> float:
-        """The number."""
-        return float(self)
-
-    def __repr__(self) -> str:
-        return f"Statistic({self.name})"
+    def __init__(self) -> None:
+        self.captures: list[Capture] = []
+        self.known: dict[int, Sketch | None] = {}
+        self.make: Callable[[torch.Tensor], Sketch | None] | None = None
 
 
-_drawn = threading.local()
+_drawn = _Drawn()
 
 
 def drawn(capture: Capture) -> Sketch | None:
     """The sketch of a capture's value, computed once for all summaries that ask; None for a tensor without values."""
-    known: dict[int, Sketch | None] = getattr(_drawn, "known", {})
-    if id(capture) not in known:
-        known = {id(capture): sketch.of(capture.value)}
-        _drawn.known, _drawn.captures = known, [capture]  # held, so that the id is not given to another
-    return known[id(capture)]
+    if id(capture) not in _drawn.known:
+        _drawn.known = {id(capture): (_drawn.make or sketch.of)(capture.value)}
+        _drawn.captures = [capture]
+    return _drawn.known[id(capture)]
+
+
+@contextlib.contextmanager
+def drawing(make: Callable[[torch.Tensor], Sketch | None]) -> Iterator[None]:
+    """Inside, this thread's `drawn` sketches by `make`."""
+    before, _drawn.make = _drawn.make, make
+    try:
+        yield
+    finally:
+        _drawn.make = before
 
 
 def draw_all(captures: Sequence[Capture]) -> None:
@@ -76,8 +64,7 @@ def stats(c: Capture) -> Iterator[Shown]:
     """mean, std, min, max, norm (L2), zeros (a share), nan and inf (counts) of the finite values of any capture."""
     found = drawn(c)
     if found is not None:
-        for name in ("mean", "std", "min", "max", "norm", "zeros", "nan", "inf"):
-            yield Scalar(name, Statistic(found, name))
+        yield Statistics(found)
 
 
 def histogram(c: Capture) -> Iterator[Shown]:

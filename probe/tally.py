@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from probe import sketch
-from probe.capture import Embedding, Histogram, Image, Scalar, Shown
-from probe.ranks import Norm, Part
+from probe.capture import Embedding, Histogram, Image, Scalar, Shown, Statistics, nothing_to_show
+from probe.ranks import Norm, Part, roots
 from probe.sketch import Sketch
-from probe.summary import Statistic
 
 
 class Tally:
@@ -24,7 +23,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.scalars: dict[tuple[str, str], tuple[Any, int]] = {}  # sum and count
-        self.statistics: dict[tuple[str, str], tuple[Sketch, str]] = {}
+        self.statistics: dict[tuple[str, str], tuple[Sketch, tuple[str, ...]]] = {}  # tagged by all names
         self.histograms: dict[tuple[str, str], Sketch] = {}
         self.norms: dict[tuple[str, str], Norm] = {}
         self.images: dict[tuple[str, str], torch.Tensor] = {}
@@ -41,24 +40,28 @@ class Tally:
         Raises:
             TypeError, ValueError: it can't be shown.
         """
-        key = (mode, f"{prefix}/{getattr(item, 'tag', '')}")
+        tag = ", ".join(item.names) if isinstance(item, Statistics) else getattr(item, "tag", "")
+        key = (mode, f"{prefix}/{tag}")
         if part is not Part.OWN:
             self.parts[key] = part
         match item:
-            case Scalar(value=Norm() as norm):
-                self.norms[key] = norm
-            case Scalar(value=Statistic() as value):
-                before = self.statistics.get(key)
-                total = value.sketch if before is None else self._plus(before[0], value.sketch)
-                self.statistics[key] = (total, value.name)
-            case Scalar():
-                number, (total, count) = _number(item), self.scalars.get(key, (None, 0))
-                self.scalars[key] = (number if total is None else _sum(total, number), count + 1)
+            case Statistics():
+                if not _NUMBERS.issuperset(item.names):
+                    raise ValueError(f"Statistics(names={item.names!r}): use {', '.join(sketch.NUMBERS)}")
+                drawn = _sketched(item)
+                if drawn is not None:
+                    before = self.statistics.get(key)
+                    self.statistics[key] = drawn if before is None else self._plus(before[0], drawn), item.names
             case Histogram():
                 drawn = _sketched(item)
                 if drawn is not None:
                     held = self.histograms.get(key)
                     self.histograms[key] = drawn if held is None else self._plus(held, drawn)
+            case Scalar(value=Norm() as norm):
+                self.norms[key] = norm
+            case Scalar():
+                number, (total, count) = _number(item), self.scalars.get(key, (None, 0))
+                self.scalars[key] = (number if total is None else _sum(total, number), count + 1)
             case Image():
                 if not isinstance(item.value, torch.Tensor) or not 2 <= item.value.dim() <= 4 or not item.value.numel():
                     raise TypeError(f"Image({item.tag!r}, ...) takes a tensor [C, H, W], not {described(item.value)}")
@@ -70,7 +73,7 @@ class Tally:
                     raise ValueError(f"Embedding({item.tag!r}): {len(item.value)} points, {len(item.labels)} labels")
                 self.embeddings[key] = item
             case _:
-                raise TypeError(f"a summary yields Scalar, Histogram, Image and Embedding, not {described(item)}")
+                raise nothing_to_show(described(item))
 
     def _plus(self, a: Sketch, b: Sketch) -> Sketch:
         """``a + b``, once for all tags that share the two sketches; these come soon after one another."""
@@ -84,7 +87,7 @@ class Tally:
     def fetch(self) -> Callable[[], dict[str, list[Any]]]:
         """Start one copy of everything to the host; the function waits for it and gives the items by mode."""
         plain = {key: total if count == 1 else total / count for key, (total, count) in self.scalars.items()}
-        plain.update({key: norm.value() for key, norm in self.norms.items()})
+        plain.update(zip(self.norms, roots([*self.norms.values()]), strict=True))
         drawn = {id(each): each for each in [*(s for s, _ in self.statistics.values()), *self.histograms.values()]}
         values: list[Any] = [*plain.values(), *self.images.values(), *drawn.values()]
         values += [each.value for each in self.embeddings.values()]
@@ -97,8 +100,10 @@ class Tally:
                 found.setdefault(mode, []).append(Scalar(tag, next(host)))
             pictures = [(mode, Image(tag, next(host))) for mode, tag in self.images]
             here = {key: next(host) for key in drawn}
-            for (mode, tag), (each, name) in self.statistics.items():
-                found.setdefault(mode, []).append(Scalar(tag, float(Statistic(here[id(each)], name))))
+            for (mode, tag), (each, names) in self.statistics.items():
+                stem = tag.rpartition("/")[0]
+                numbers = zip(names, here[id(each)].numbers(names), strict=True)
+                found.setdefault(mode, []).extend(Scalar(f"{stem}/{name}", number) for name, number in numbers)
             for (mode, tag), each in self.histograms.items():
                 found.setdefault(mode, []).append(Histogram(tag, here[id(each)]))
             for mode, picture in pictures:
@@ -123,14 +128,17 @@ def _number(item: Scalar) -> Any:
         raise TypeError(f"Scalar({item.tag!r}, ...) is one real number, not {described(value)}") from None
 
 
-def _sketched(item: Histogram) -> Sketch | None:
+_NUMBERS = frozenset(sketch.NUMBERS)
+
+
+def _sketched(item: Histogram | Statistics) -> Sketch | None:
     if isinstance(item.value, Sketch):
         return item.value
     try:
         numbers = torch.as_tensor(item.value)
     except (TypeError, ValueError, RuntimeError):
-        text = f"Histogram({item.tag!r}, ...) takes a tensor, numbers or a Sketch, not {described(item.value)}"
-        raise TypeError(text) from None
+        what = f"Histogram({item.tag!r}, ...)" if isinstance(item, Histogram) else "Statistics(...)"
+        raise TypeError(f"{what} takes a tensor, numbers or a Sketch, not {described(item.value)}") from None
     return sketch.of(numbers)
 
 

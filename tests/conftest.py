@@ -12,6 +12,17 @@ import torch
 from probe.hooks import Hook
 from probe.session import Session
 
+torch.set_num_threads(1)  # two threads wait for each other as soon as another process wants the same core
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _short_collections() -> Iterator[None]:
+    """What the modules before have left (imports, caches) is not looked through again in each collection."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

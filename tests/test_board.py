@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from probe import board as board_module
 from probe import image, sketch
 from probe.board import Board
-from probe.capture import Histogram, Image, Scalar
+from probe.capture import Histogram, Image, Scalar, Statistics
 from tests.processes import fork, wait
 from tests.reading import events, frames, histogram, pixels, read, scalars, steps
 
@@ -301,7 +301,9 @@ def test_opened_before_the_process_group_is_there(tmp_path, monkeypatch, number,
         lambda board: board.add_audio("x", META[0]),
         lambda board: board.add_pr_curve("x", META, META),
         lambda board: board.add_embedding(META[0]),
-        lambda board: board.write(0, [Scalar("x", META[0, 0, 0]), Histogram("x", META), Image("x", META)]),
+        lambda board: board.write(
+            0, [Scalar("x", META[0, 0, 0]), Histogram("x", META), Image("x", META), Statistics(META)]
+        ),
     ],
 )
 def test_meta_tensors_log_nothing(tmp_path, board, add):
@@ -531,11 +533,13 @@ def test_text_tensors_charts_and_meshes_pass_through(tmp_path, board):
 def test_write_makes_one_event_of_all_items(tmp_path, board):
     items = [Scalar("s", torch.tensor(2.0)), Histogram("h", torch.arange(4.0)), Image("i", torch.rand(3, 4, 4))]
     items += [Image("grey", torch.rand(4, 4)), Image("batch", torch.rand(2, 1, 4, 4)), Histogram("n", [math.nan])]
+    items += [Statistics(torch.arange(4.0), ("mean", "count"))]
     board.write(7, items, wall_time=12.5)
     board.flush()
     (event,) = events(tmp_path)
     assert (event.step, event.wall_time) == (7, 12.5)
-    assert [value.tag for value in event.summary.value] == ["s", "h", "i", "grey", "batch", "n/nan"]
+    assert [value.tag for value in event.summary.value] == ["s", "h", "i", "grey", "batch", "n/nan", "mean", "count"]
+    assert [value.simple_value for value in event.summary.value[-2:]] == [1.5, 4]
     assert pixels(tmp_path, "batch").shape == (4, 8, 3)
 
 

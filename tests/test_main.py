@@ -341,7 +341,7 @@ def test_the_commands_of_the_readme_are_those_that_ci_runs() -> None:
     config.read(ROOT / "setup.cfg")
     assert commands == [
         'pip install ".[demo]" && python -m probe demo --logdir runs/demo',
-        'pip install ".[test]" && pytest',
+        'pip install ".[test]" && pytest -n auto',
     ]
     assert {"demo", "test"} <= set(config["options.extras_require"])
     assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == commands[1]

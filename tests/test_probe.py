@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -40,14 +40,6 @@ FAMILIES: dict[str, tuple[int, dict[str, Any]]] = {
     "vgg11_bn": (64, {}),
     "vit_b_16": (64, {"image_size": 64}),
 }
-
-
-@pytest.fixture(autouse=True)
-def _two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def _build(family: str) -> tuple[nn.Module, torch.Tensor]:

@@ -117,7 +117,7 @@ def test_every_way_makes_the_same_row(x: Tensor) -> None:
     """Alone, among many, in chunks, by plain operators: counts, extremes and bins are equal bit by bit."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layout, "_CHUNK", 7)
-        patch.setattr(layout, "_SMALL", 5)
+        patch.setattr(layout, "SMALL", 5)
         chunked = made(x)
         among = sketch.of_many([torch.ones(3, dtype=torch.float32).to(x.dtype), x[:3], x, x[:5]])[2]
         patch.setattr(layout, "_LARGE", 9)
@@ -230,6 +230,72 @@ def test_a_sum_leaves_its_terms_as_they_were() -> None:
     a, b = made(torch.ones(3)), made(torch.zeros(2))
     total = a + b
     assert (total.count, (total + a).count, a.count, b.count, total.count) == (5, 8, 3, 2, 5)
+
+
+@settings(deadline=None, max_examples=40)
+@given(xs=st.lists(tensors(), max_size=8), waiting=st.integers(1, 4), data=st.data())
+def test_a_pool_makes_the_sketches_that_are_made_one_by_one(
+    xs: list[Tensor], waiting: int, data: st.DataObject
+) -> None:
+    """In whatever order they are read, added and fetched, and however many wait together."""
+    pool = sketch.Pool()
+    pool.WAITING = waiting
+    promised = [pool.of(x) for x in xs]
+    for i in data.draw(st.permutations(range(len(xs)))):
+        found, x = promised[i], xs[i]
+        assert found is not None
+        assert (found.device, found.binned) == (x.device, True)
+        how = data.draw(st.sampled_from(["read", "add", "moments", "nothing", "fetch"]))
+        if how == "add":
+            total, both = found + made(x), made(torch.cat([x, x]))
+            assert torch.equal(total.row[: layout.MAX], both.row[: layout.MAX])
+            assert torch.equal(total.row[sketch.HEAD :], both.row[sketch.HEAD :])
+        elif how == "moments":
+            found = found.moments()
+        elif how == "nothing":
+            assert torch.equal((found + found.nothing()).row[sketch.HEAD :], made(x).row[sketch.HEAD :])
+        elif how == "fetch":
+            (found,) = sketch.fetch([found]).result()
+        assert_says(found, numpy(x))
+
+
+def test_a_pool_reads_small_tensors_together_and_lets_few_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large ones, and those without elements, are sketched at once; what cannot be sketched is nothing."""
+    sizes: list[int] = []
+    measure = layout.measure
+    monkeypatch.setattr(sketch, "measure", lambda flats, bins: sizes.append(len(flats)) or measure(flats, bins))
+    pool = sketch.Pool()
+    some = [pool.of(torch.full((8,), float(i))) for i in range(pool.WAITING + 3)]
+    assert sizes == [pool.WAITING]
+    last = some[-1]
+    assert last is not None
+    assert last.mean == pool.WAITING + 2
+    assert sizes == [pool.WAITING, 3]
+    pool.of(torch.ones(layout.SMALL + 1))
+    pool.of(torch.ones(0))
+    assert pool.of(torch.ones(3, device="meta")) is None
+    assert sizes == [pool.WAITING, 3, 1, 1]
+    for _ in range(5):
+        pool.of(torch.ones(layout.SMALL))
+    assert sizes[4:] == [pool.ELEMENTS // layout.SMALL]
+
+
+def test_a_pool_serves_several_threads() -> None:
+    """Who reads makes the sketches of all; nobody meets one that is half made."""
+    pool, wrong = sketch.Pool(), []
+
+    def work(number: int) -> None:
+        for i in range(150):
+            found = pool.of(torch.full((3,), float(number * 1000 + i)))
+            if i % (number + 2) == 0 and found is not None and found.mean != number * 1000 + i:
+                wrong.append((number, i))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert not wrong
 
 
 def test_a_sketch_adds_to_sketches_only() -> None:
@@ -952,3 +1018,16 @@ def test_on_cuda_a_graph_can_be_captured() -> None:
     x.fill_(3)
     graph.replay()
     assert [s.mean for s in found] == [3, 6]
+
+
+@needs_cuda
+def test_on_cuda_a_pool_knows_streams() -> None:
+    """What another stream made is sketched there at once; what the default one made may be read on another."""
+    pool, side = sketch.Pool(), torch.cuda.Stream()
+    first = pool.of(torch.full((5,), 2.0, device="cuda"))
+    with torch.cuda.stream(side):
+        second = pool.of(torch.full((5,), 3.0, device="cuda"))
+        assert first is not None
+        assert first.mean == 2.0
+    assert second is not None
+    assert second.mean == 3.0

@@ -13,18 +13,25 @@ from hypothesis import strategies as st
 from torch import nn
 
 import probe
-from probe import Capture, Kind, ParameterKind, sketch, summary
+from probe import Capture, Kind, ParameterKind, sketch
 
 
 def capture(value: torch.Tensor, kind: Any = Kind.OUTPUT, **options: Any) -> Capture:
     return Capture("layer", kind, value, **options)
 
 
+def numbers_of(value: torch.Tensor) -> dict[str, float]:
+    """What `stats` says."""
+    (item,) = probe.stats(capture(value))
+    assert isinstance(item, probe.Statistics)
+    return dict(zip(item.names, item.value.numbers(item.names), strict=True))
+
+
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=50))
 @settings(max_examples=40, deadline=None)
 def test_stats_are_numpys(numbers: list[float]) -> None:
     """mean, std, min, max, norm and the share of zeros equal NumPy's in float64."""
-    found = {item.tag: float(item.value) for item in probe.stats(capture(torch.tensor(numbers)))}
+    found = numbers_of(torch.tensor(numbers))
     x = np.array(numbers, np.float32).astype(np.float64)
     expected = {"mean": x.mean(), "std": x.std(), "min": x.min(), "max": x.max(), "norm": np.linalg.norm(x)}
     for name, value in (expected | {"zeros": (x == 0).mean(), "nan": 0, "inf": 0}).items():
@@ -34,9 +41,7 @@ def test_stats_are_numpys(numbers: list[float]) -> None:
 
 def test_stats_count_what_is_not_finite() -> None:
     """NaN and Inf are counted, and do not spoil the rest."""
-    found = {
-        item.tag: float(item.value) for item in probe.stats(capture(torch.tensor([1.0, math.nan, -math.inf, 3.0])))
-    }
+    found = numbers_of(torch.tensor([1.0, math.nan, -math.inf, 3.0]))
     assert (found["mean"], found["nan"], found["inf"]) == (2.0, 1.0, 1.0)
 
 
@@ -109,11 +114,3 @@ def test_a_factory_is_no_summary(factory: Any) -> None:
     """Who forgets the brackets is told."""
     with pytest.raises(TypeError, match="with the brackets"):
         factory(capture(torch.rand(1, 2, 3, 3)))
-
-
-def test_statistics_read_as_numbers() -> None:
-    """`Statistic` waits only when it is read."""
-    drawn = sketch.of(torch.tensor([3.0, 4.0]))
-    assert drawn is not None
-    assert summary.Statistic(drawn, "norm").item() == 5.0
-    assert repr(summary.Statistic(drawn, "norm")) == "Statistic(norm)"
