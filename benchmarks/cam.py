@@ -236,7 +236,7 @@ def _status(key: str) -> int:
 
 
 def measure(library: str, method: str, work: Work, seconds: float, least: int) -> dict[str, Any] | None:
-    """One row's error and time; None where the library has no such method."""
+    """One row's error, time and what is left behind; None where the library has no such method."""
     model, layer, x = build(work)
     theirs = explainer(library, method, work, model, layer, x)
     if theirs is None:
@@ -252,19 +252,19 @@ def measure(library: str, method: str, work: Work, seconds: float, least: int) -
         ours = explainer("probe", method, work, model, layer, x)
         base = torch.no_grad()(lambda: model(x)) if library == "probe" else ours
         row["ratio"] = compare(theirs, base, seconds=seconds, least=least)._asdict()
+    if work.model == "resnet18" and method == "grad_cam":
+        row["left"] = left_behind(library, method, work)
     return row
 
 
 def worker(order: dict[str, Any]) -> None:
     """Do what an order says, method by method."""
-    work, library, what = Work(*order["work"]), order["library"], order["what"]
+    work, library = Work(*order["work"]), order["library"]
     torch.set_num_threads(order["threads"])
 
     def row(method: str) -> dict[str, Any] | None:
-        if what == "memory":
+        if order["what"] == "memory":
             return {"peak": memory(library, method, work)}
-        if what == "left":
-            return {"left": left_behind(library, method, work)}
         return measure(library, method, work, order["seconds"], order["least"])
 
     apart.answer(row, order["tasks"])
@@ -289,7 +289,7 @@ def rows_of(work: Work, library: str, options: argparse.Namespace) -> list[dict[
     if version(library) is None:
         return [{**start, "method": "", "failed": f"not installed: pip install {library}"}]
     methods = (*work.methods, *work.errors)
-    seconds, least = (2.0, 5) if options.quick else (6.0, 3 if "score_cam" in methods else 7)
+    seconds, least = (0.3, 5) if options.quick else (6.0, 3 if "score_cam" in methods else 7)
     found = []
     measured = ask(work, methods, what="measure", seconds=seconds, least=least, **order)
     for method, row in zip(methods, measured, strict=True):
@@ -300,8 +300,6 @@ def rows_of(work: Work, library: str, options: argparse.Namespace) -> list[dict[
             row["ratio"] = Ratio(**row["ratio"])
             if method in ("grad_cam", "score_cam"):
                 row |= ask(work, [method], what="memory", **order)[0]
-            if work.model == "resnet18" and method == "grad_cam":
-                row |= ask(work, [method], what="left", **order)[0]
         found.append(row)
     return found
 
@@ -332,7 +330,7 @@ def main(words: Sequence[str] | None = None) -> None:
     command.start(options)
     works = [work for work in WORKS if work.model in asked]
     if options.quick:
-        works = [works[0]._replace(methods=("grad_cam",), errors=works[0].methods[1:])]
+        works = [works[0]._replace(size=64, methods=("grad_cam",), errors=works[0].methods[1:])]
     with Results("cam", options, device="cpu") as kept:
         print(f"{'model':13} {'method':12} {'library':8} {'error':>8} {'time / probe':>18} {'peak':>8}  left behind")
         tasks = [(work, library) for work in works for library in ("forward", *LIBRARIES)]

@@ -28,10 +28,18 @@ def arguments(doc: str | None, *, device: bool = True) -> argparse.ArgumentParse
     )
     if device:
         parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU; 1, because that varies least")
+    parser.add_argument("--threads", type=positive, default=1, help="of the CPU; 1, because that varies least")
     parser.add_argument("--quick", action="store_true", help="under a minute, and so less exact")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="keep the results in this file")
     return parser
+
+
+def positive(text: str) -> int:
+    """The type of an option that is a whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
 
 
 def start(options: argparse.Namespace) -> None:

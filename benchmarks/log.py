@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from benchmarks.apart import version
+from benchmarks.command import positive
 from benchmarks.libraries import wandb_watch
 from benchmarks.timing import compare, machine
 from benchmarks.work import Work, prepare
@@ -59,9 +60,9 @@ class ByHand:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer runs")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--size", type=int, default=64, help="pixels")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=positive, default=8)
+    parser.add_argument("--size", type=positive, default=64, help="pixels")
+    parser.add_argument("--threads", type=positive, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(machine())

@@ -42,8 +42,10 @@ def main(words: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--mode", choices=("forward", "train"), default="train")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
-    parser.add_argument("--batch", type=int, help="samples; by default what the model's function says")
-    parser.add_argument("--size", type=int, help="pixels a side, or tokens of gpt; likewise (64 pixels with --quick)")
+    parser.add_argument("--batch", type=command.positive, help="samples; by default what the model's function says")
+    parser.add_argument(
+        "--size", type=command.positive, help="pixels a side, or tokens of gpt; likewise (64 pixels with --quick)"
+    )
     parser.add_argument("--compile", action="store_true", help="measure against torch.compile(model)")
     parser.add_argument("--every", help="for the arms that log; 1,10,100 by default, 1,10 with --quick")
     parser.add_argument("--arms", default="*", help="which arms, as globs with commas between: 'output,all*'")

@@ -69,6 +69,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = command.arguments(__doc__)
     parser.add_argument("--peers", help="only these, with commas between (and probe)")
     parser.add_argument("--models", help="only these, with commas between: resnet18,gpt,mlp200 (resnet18 with --quick)")
+    parser.add_argument("--works", help="only these: outputs,histograms,Grad-CAM (outputs with --quick)")
     apart.arguments(parser)
     options = parser.parse_args(words)
     if options.worker:
@@ -76,16 +77,18 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     names = list(dict.fromkeys(peer.name for peer in PEERS))
     chosen = _listed(options.peers, names, "--peers")
-    models = _listed(options.models, list(MODELS["outputs"][: 1 if options.quick else None]), "--models")
+    models = _listed(options.models or ("resnet18" if options.quick else None), list(MODELS["outputs"]), "--models")
+    works = _listed(options.works or ("outputs" if options.quick else None), list(MODELS), "--works")
     tasks = [
         (peer.name, peer.work, model)
         for peer in PEERS
-        if peer.name in chosen
+        if peer.name in chosen and peer.work in works
         for model in MODELS[peer.work]
         if model in models and (not peer.models or model in peer.models)
     ]
     if not tasks:
-        raise SystemExit(f"nothing to measure: none of {', '.join(chosen)} on {', '.join(models)}")
+        which = f"of {', '.join(chosen)} none has a way to do {', '.join(works)} on {', '.join(models)}"
+        raise SystemExit(f"nothing to measure: {which}")
     command.start(options)
     with Results("peers", options, device=options.device) as found:
         print(f"{'work':11} {'model':9} {'library':25} {'/ bare':>24} {'/ probe':>24} {'true':>9}  note")

@@ -59,7 +59,7 @@ class Wide(nn.Module):
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = command.arguments(__doc__)
-    parser.add_argument("--steps", type=int, help="of the longest run; 10000 by default")
+    parser.add_argument("--steps", type=command.positive, help="of the longest run; 10000 by default")
     options = parser.parse_args(words)
     command.start(options)
     quick, device = options.quick, options.device
@@ -195,7 +195,7 @@ def sketches(found: Results, device: str, sizes: Sequence[int], seconds: float) 
 
 def long_run(found: Results, how: str, work: Work, steps: int) -> None:
     """Memory and time of a step in the last tenth of a run, against its second tenth; the first warms up."""
-    tenth = steps // 10
+    tenth = max(steps // 10, 1)
     with _attached(how, work) as step:
         for _ in range(tenth):
             step()
