@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import contextlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -15,7 +16,7 @@ import os
 import shlex
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,8 +171,16 @@ class _Watching:
         self._args = args
         self._name = name
         self._watch: Watch | None = None
+        self._failure = ""
 
     def start(self) -> None:
+        """Watch from now on; what fails here must not fail the script's import of torch."""
+        try:
+            self._start()
+        except Exception as error:
+            self._failure = f"{type(error).__name__}: {error}"
+
+    def _start(self) -> None:
         from probe.watch import Watch
         from probe.watched import Options
 
@@ -189,24 +198,32 @@ class _Watching:
         )
 
     def finish(self) -> None:
+        """End it, and tell what was seen. Whatever fails here, the script ends as it would without."""
+        try:
+            lines = list(self._report())
+        except Exception as error:
+            lines = [f"probe: the report failed: {type(error).__name__}: {error}"]
+        if sys.stderr is not None:  # print would take stdout
+            with contextlib.suppress(OSError, ValueError):  # the script has closed it, or nobody reads it
+                print(*lines, sep="\n", file=sys.stderr)
+
+    def _report(self) -> Iterator[str]:
+        if self._failure:
+            yield f"probe: nothing was probed: {self._failure}"
+            return
         if self._watch is None:
-            _say("the script did not import torch: there was nothing to probe")
+            yield "probe: the script did not import torch: there was nothing to probe"
             return
         self._watch.close()
         for note in self._watch.notes:
-            _say(note)
+            yield f"probe: {note}"
         if not self._watch.models:
-            _say("no model was trained in this process (its child processes are not probed)")
+            yield "probe: no model was trained in this process (its child processes are not probed)"
             return
         trained = [model for model in self._watch.models if model.trained]
         for model in self._watch.models:
-            for line in model.report(brief=bool(trained) and model not in trained):
-                print(line, file=sys.stderr)
-        _say(f"see it in TensorBoard:  python -m probe open {shlex.quote(self._watch.folder())}")
-
-
-def _say(text: str) -> None:
-    print(f"probe: {text}", file=sys.stderr)
+            yield from model.report(brief=bool(trained) and model not in trained)
+        yield f"probe: see it in TensorBoard:  python -m probe open {shlex.quote(self._watch.folder())}"
 
 
 def _hide_frames(error: BaseException, code: types.CodeType | None) -> None:

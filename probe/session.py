@@ -24,6 +24,9 @@ IN_GRAPH = (
 )
 
 
+_SCALED_STEP = torch.amp.GradScaler.step.__code__
+
+
 class Session:
     """All hooks of one probe, and the state they share. It never refers to the probe, which can so be collected."""
 
@@ -171,7 +174,8 @@ class Session:
         return on_step(optimizer, outside(self._before_step), outside(self._after_step))
 
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.scaled = self.scaled or (self.scaler is None and _in_scaler())
+        if self._live and self.scaler is None and not self.scaled:
+            self.scaled = stepping_scaler() is not None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._tell_before(optimizer)
@@ -337,18 +341,15 @@ class Session:
         )
 
 
-def _in_scaler() -> bool:
-    """Whether an optimizer's step is being called by a `GradScaler`."""
-    frame: Any = sys._getframe(2)
-    for _ in range(16):
-        if frame is None:
-            break
-        if frame.f_code.co_name in ("step", "_maybe_opt_step"):
-            scaler = frame.f_locals.get("self")
-            if isinstance(scaler, torch.amp.GradScaler):
-                return bool(scaler.is_enabled())
+def stepping_scaler() -> torch.amp.GradScaler | None:
+    """The enabled `GradScaler` that is calling an optimizer's step, if one is."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _SCALED_STEP:
+            scaler: torch.amp.GradScaler = frame.f_locals["self"]
+            return scaler if scaler.is_enabled() else None
         frame = frame.f_back
-    return False
+    return None
 
 
 def _running(module: nn.Module) -> int:

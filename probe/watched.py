@@ -23,6 +23,7 @@ from probe.capture import Kind, Layer, ParameterKind
 from probe.core import Probe
 from probe.findings import Findings
 from probe.ranks import several
+from probe.session import stepping_scaler
 from probe.summary import histogram, stats
 from probe.table import LastSeen
 
@@ -213,6 +214,8 @@ class Model(Receiver):
             self._rest(close_board=False)
             if not self._trained:
                 self.steps, self._trained = 0, True
+                for part in self._findings:  # the step that began before its optimizer was known is examined again
+                    part.steps = 0
             self._wake([optimizer, *others])
 
     # -- its probe -----------------------------------------------------------------------------------------------------
@@ -231,6 +234,8 @@ class Model(Receiver):
         if root is None:
             return
         probe = Probe(root if self._activations else unwrapped(root), *self._options.layers, optimizer=[*optimizers])
+        # not Probe(scaler=): which updates were skipped is known only to who is told of every step
+        probe._scaler = probe._session.scaler = stepping_scaler() if optimizers else _only_scaler()
         self.layers = [(name, layer.module_type.__name__) for name, layer in probe._by_name.items()]
         if self._board is None:
             self._board = Board(os.path.join(self.watch.folder(), self.name))
@@ -392,6 +397,12 @@ def is_traced() -> bool:
     if torch._C._is_tracing() or torch.compiler.is_exporting() or torch.fx._symbolic_trace.is_fx_symbolic_tracing():
         return True
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _only_scaler() -> torch.amp.GradScaler | None:
+    """The `GradScaler` of the script, as far as that can be known before an optimizer steps."""
+    scalers = [each for each in alive(torch.amp.GradScaler) if each.is_enabled()]
+    return scalers[0] if len(scalers) == 1 else None
 
 
 def is_within(module: nn.Module | None, root: nn.Module) -> bool:

@@ -61,6 +61,13 @@ def names(found: Findings) -> list[tuple[str, str]]:
     return [(each.check, each.layer) for each in found]
 
 
+class Silent:
+    """A writer that writes nothing."""
+
+    def add_scalar(self, *args: Any) -> None: ...
+    def add_text(self, *args: Any) -> None: ...
+
+
 class Apply(nn.Module):
     """A module of a function."""
 
@@ -326,13 +333,9 @@ def test_findings_stay_when_the_log_is_removed() -> None:
     with torch.no_grad():
         model[0].weight[0, 0] = torch.nan
 
-    class Writer:
-        def add_scalar(self, *args: Any) -> None: ...
-        def add_text(self, *args: Any) -> None: ...
-
     with Probe(model) as p:
-        handle = p.log(Writer(), *health.checks())
-        p.log(Writer(), *health.checks())
+        handle = p.log(Silent(), *health.checks())
+        p.log(Silent(), *health.checks())
         model(batch()[0])
         handle.remove()
     assert names(p.findings) == [("NaN or Inf", "0")]
@@ -628,20 +631,31 @@ def test_a_zero_initialised_branch_has_time_to_begin() -> None:
     assert names(train(model)) == [("no gradient", "2.inner")]
 
 
+@pytest.mark.filterwarnings("ignore:.* were never called")  # in the steps that are observed
 def test_layers_that_are_skipped_at_times_are_no_finding() -> None:
-    """As by LayerDrop, by experts, or by the heads of several tasks, each in its turn."""
+    """As by LayerDrop, by experts, or by the heads of several tasks; nor those whose turn is in steps not observed."""
 
     class Heads(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, turn: Callable[[int], int]) -> None:
             super().__init__()
             self.trunk, self.heads = nn.Linear(8, 16), nn.ModuleList(nn.Linear(16, 3) for _ in range(4))
-            self.calls = 0
+            self.calls, self.turn = -1, turn
 
         def forward(self, x: Tensor) -> Tensor:
             self.calls += 1
-            return self.heads[self.calls // 2 % 4](self.trunk(x))
+            return self.heads[self.turn(self.calls)](self.trunk(x))
 
-    assert names(train(Heads(), steps=24)) == []
+    assert names(train(Heads(lambda call: call if call < 4 else 0), steps=16)) == []
+    model = Heads(lambda call: call % 4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Probe(model, optimizer=optimizer) as p:
+        p.log(Silent(), *health.checks(), every=4)
+        for _ in range(24):
+            optimizer.zero_grad()
+            F.cross_entropy(model(batch()[0]), batch()[1]).backward()
+            optimizer.step()
+    assert names(p.findings) == []
+    assert p.findings.steps == 6
 
 
 def test_frozen_layers_are_meant_to_have_no_gradient() -> None:

@@ -458,6 +458,30 @@ def test_a_compiled_model_runs_as_compiled(start: Callable[..., Run], how: str) 
         assert bare.out == probed.out  # in the other cases it is compiled once more when the hook on all calls goes
 
 
+def test_gradients_are_shown_without_a_scalers_scale(start: Callable[..., Run]) -> None:
+    """As with ``Probe(scaler=...)``; of a model that no scaler steps they are as they are."""
+    script = """
+scaler, SCALED = torch.amp.GradScaler("cpu", init_scale=1024.0), {scaled}
+torch.manual_seed(1)
+net = mlp()
+optimizer = torch.optim.SGD(net.parameters(), 0.01)
+for _ in range(6):
+    optimizer.zero_grad()
+    loss = net(torch.randn(8, 4)).square().mean()
+    (scaler.scale(loss) if SCALED else loss).backward()
+    (scaler.step(optimizer), scaler.update()) if SCALED else optimizer.step()
+"""
+    runs = [start("--every 2", HEAD + script.format(scaled=scaled)) for scaled in (True, False)]
+    norms = [
+        {each.step: each.value for each in read(run.board / "net").Scalars(tag)}
+        for tag in ("0/grad_output/norm", "0.weight/grad/norm")
+        for run in runs
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+    assert norms[2] == pytest.approx(norms[3], rel=1e-6)
+    assert list(norms[0]) == [0, 2, 4]
+
+
 def test_models_that_are_done_with_are_let_go(start: Callable[..., Run]) -> None:
     """A cross-validation's models do not pile up."""
     script = """

@@ -186,12 +186,12 @@ CUT = Rule(
 UNUSED = replace(CUT, meaning="it takes no part in the forward pass, or not in the loss")
 
 
-def missing_gradients(*, window: int = 8) -> Check:
+def missing_gradients(*, window: int = 5) -> Check:
     """Parameters that an optimizer updates and that never got a gradient, or only one of exact zeros.
 
     Of a row of such layers, one after the other, the last one is named: there the gradient stops. One that had a
-    gradient once is no finding: layers may be skipped at random (stochastic depth, LayerDrop), or take turns (experts,
-    heads of several tasks).
+    gradient once, or was updated in steps that were not observed, is no finding: layers may be skipped at random
+    (stochastic depth, LayerDrop), or take turns (experts, heads of several tasks).
 
     Arguments:
         window: steps in a row in which it has to be so, at least.
@@ -204,8 +204,7 @@ def missing_gradients(*, window: int = 8) -> Check:
         came = any(call.grad_outputs for each in seen for call in calls_of(each))
         if not came or not all(each.stepped for each in seen):
             return
-        steps = [each.parameters for each in seen]
-        lacking = [p for p in step.parameters.values() if not p.reached and all(_lacks(s.get(p.name)) for s in steps)]
+        lacking = [p for p in step.parameters.values() if _never_got([s.parameters.get(p.name) for s in seen])]
         what = "parameters without a gradient"
         called = list(dict.fromkeys(call.layer for call in sorted(calls_of(step), key=lambda call: call.order)))
         owners = {p.layer for p in step.parameters.values()}
@@ -221,8 +220,10 @@ def missing_gradients(*, window: int = 8) -> Check:
     return Check("no gradient", judge, kinds, window)
 
 
-def _lacks(p: ParameterRecord | None) -> bool:
-    return p is not None and p.stepped and (p.grad is None or p.grad.zeros == p.grad.count)
+def _never_got(records: Sequence[ParameterRecord | None]) -> bool:
+    """Whether a parameter had no gradient but zero in these steps nor, as far as can be seen, in any before."""
+    versions = {p.facts.get("version") for p in records if p is not None and p.grad is None}
+    return len(versions) <= 1 and all(p is not None and p.stepped and not p.reached for p in records)
 
 
 def _rows(called: list[str], lacking: set[str]) -> list[list[str]]:
