@@ -3,8 +3,8 @@
 An observed step of resnet18 in training, on which ``stats`` and ``histogram`` of all leaf outputs, their gradients, all
 parameters and all their gradients go into TensorBoard, against the same by hand: hooks, ``SummaryWriter.add_histogram``
 and ``.item()``; and where it is installed against ``wandb.watch(log="all")``, which sees parameters and their gradients
-alone. And a training run that logs every 100th step, against a bare one. Costs are the time beyond the bare step, by
-interleaved pairs.
+alone. And a training run that logs every 100th step (every 20th with ``--quick``), against a bare one. Costs are the
+time beyond the bare step, by interleaved pairs.
 """
 
 from __future__ import annotations
@@ -59,16 +59,17 @@ class ByHand:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer runs")
-    parser.add_argument("--batch", type=positive, default=8)
+    parser.add_argument("--quick", action="store_true", help="under a minute, and so less exact")
+    parser.add_argument("--batch", type=positive, help="samples; 8 by default, 1 with --quick")
     parser.add_argument("--size", type=positive, default=64, help="pixels")
     parser.add_argument("--threads", type=positive, default=1)
     options = parser.parse_args()
+    batch = options.batch or (1 if options.quick else 8)
     torch.set_num_threads(options.threads)
-    print(machine())
+    print(f"{machine()}; batch {batch}")
     with tempfile.TemporaryDirectory() as folder:
-        observed(folder, options.batch, options.size, 1 if options.quick else 10)
-        every(folder, options.batch, options.size, 20 if options.quick else 120)
+        observed(folder, batch, options.size, 1 if options.quick else 10)
+        every(folder, batch, options.size, *((20, 1) if options.quick else (100, 120)))
 
 
 def observed(folder: str, batch: int, size: int, seconds: float) -> None:
@@ -103,18 +104,18 @@ def observed(folder: str, batch: int, size: int, seconds: float) -> None:
     print(f"observed step, cost of wandb.watch / cost by probe, writing included: {theirs.beyond / whole.beyond:.1f}")
 
 
-def every(folder: str, batch: int, size: int, seconds: float) -> None:
-    """A hundred steps, one of them observed, against a hundred bare ones."""
+def every(folder: str, batch: int, size: int, steps: int, seconds: float) -> None:
+    """So many steps, one of them observed, against as many bare ones."""
     bare, probed = _training(batch, size), _training(batch, size)
+
+    def run(work: Work) -> None:
+        for _ in range(steps):
+            work.step()
+
     with Board(f"{folder}/every") as board, Probe(probed.model, optimizer=probed.optimizer) as p:
-        p.log(board, stats, histogram, every=100)
-        ratio = compare(lambda: _repeat(probed.step), lambda: _repeat(bare.step), seconds=seconds, least=3)
-    print(f"100 steps, one of them observed / bare: {ratio}")
-
-
-def _repeat(step: Callable[[], None]) -> None:
-    for _ in range(100):
-        step()
+        p.log(board, stats, histogram, every=steps)
+        ratio = compare(lambda: run(probed), lambda: run(bare), seconds=seconds, least=3)
+    print(f"{steps} steps, one of them observed / bare: {ratio}")
 
 
 def _training(batch: int, size: int) -> Work:
