@@ -154,6 +154,11 @@ class Receiver:
     def findings(self) -> Findings | None:
         """What it found wrong so far; None if it judges nothing."""
 
+    def finish(self, step: int, *, stepped: bool) -> None:
+        """The last step is over, as `end_step` says it."""
+        self.end_step(step, stepped=stepped)
+        self.close()
+
     def close(self) -> None:
         """Nothing more will come: the probe is detached, or this receiver is."""
 

@@ -189,7 +189,7 @@ class Probe:
         if stack is not None:
             with contextlib.ExitStack() as ends:  # each receiver ends its step, whatever another one raises
                 for receiver in reversed(self._session.receivers):
-                    ends.callback(_end, receiver, self._session, error)
+                    ends.push(_ending(receiver, self._session, error))
                 stack.close()
 
     def _tell(self) -> None:
@@ -404,7 +404,8 @@ class Probe:
         ``all_reduce``, and the first rank writes it: statistics of activations and of their gradients are those of the
         whole batch, other numbers are averaged, pictures and health checks are the first rank's. Parameters count
         once, as the optimizer uses them: with averaged gradients, and as a whole where they are sharded (DTensors,
-        ``fully_shard``). Every rank must log the same layers.
+        ``fully_shard``). DTensors of partial sums are kept until the step ends, and added up then. Every rank must log
+        the same layers; a rank that has nothing where others have something is an error on all of them.
 
         Arguments:
             writer: a `Board`, which writes in the background, or any ``SummaryWriter``. It is not closed here. On ranks
@@ -415,8 +416,10 @@ class Probe:
             layers: selectors, as of `Probe`; by default the probed layers, and all parameters.
             kinds: a `Kind`, a `ParameterKind`, or a list of both; by default outputs and their gradients (or the
                 probe's own ``kinds=``), what the summaries ask for, and with an optimizer all of parameters.
-            on_error: ``"raise"`` what a summary raises, or ``"warn"`` once and go on without it.
-            per_rank: merge nothing; every rank writes what it saw, as a sub-run ``rank0``, ``rank1``, ...
+            on_error: ``"raise"`` what a summary raises, or ``"warn"`` once and go on without it; on all ranks, where
+                one of them drops it, and without what was logged of that step.
+            per_rank: merge nothing; every rank writes what it saw, as a sub-run ``rank0``, ``rank1``, ..., of DTensors
+                its own shard or addend.
 
         Returns:
             a handle; ``remove()`` ends the logging.
@@ -474,8 +477,7 @@ class Probe:
 
         def undo() -> None:
             for receiver in added:
-                receiver.end_step(self._session.step, stepped=True)
-                receiver.close()
+                receiver.finish(self._session.step, stepped=True)
                 receivers.remove(receiver)
             rebind()
 
@@ -686,5 +688,13 @@ def _end(receiver: Receiver, session: Session, error: BaseException | None) -> N
     """Nothing more will come: have the receiver end the step that is open, which `error` interrupts if there is one."""
     if error is not None:
         receiver.leave(error)
-    receiver.end_step(session.step, stepped=bool(session.optimizers))
-    receiver.close()
+    try:
+        receiver.finish(session.step, stepped=bool(session.optimizers))
+    except BaseException as failure:
+        receiver.leave(failure)
+        raise
+
+
+def _ending(receiver: Receiver, session: Session, error: BaseException | None) -> Callable[..., None]:
+    """`_end` for an ``ExitStack``: what an earlier receiver raised interrupts the step of this one, too."""
+    return lambda kind, failure, trace: _end(receiver, session, error or failure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -9,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from probe import ranks
+from probe import merge, ranks
 from probe.calls import Call, Receiver
 from probe.capture import Capture, Embedding, Histogram, Image, Kind, Layer, ParameterKind, Scalar, Summary
 from probe.hooks import after_backward
 from probe.observers import Joint, quiet, tensor_taker
-from probe.ranks import Norm, Part
+from probe.ranks import Addend, Norm, Part
 from probe.sketch import Pool, Sketch
 from probe.summary import draw_all, drawing, forget_drawn
 from probe.tally import Tally, described
@@ -22,6 +23,10 @@ from probe.tree import snapshot
 
 if TYPE_CHECKING:
     from probe.schedule import Recorder
+
+
+Late = tuple[Capture, list[Summary], str, str, Addend]
+"""An addend, and what is to be done with the sum: the arguments of `Log._summarise`."""
 
 
 class Parameters:
@@ -91,7 +96,11 @@ class Log(Receiver):
             ranks.refuse_flat(parameter for _, parameter, _, _ in parameters.found.values())
         self._norm_before: dict[int, tuple[Norm, Part]] = {}  # of an optimizer's gradients
         self._per_rank = per_rank
+        self._merger = merge.Merger(adds=any(isinstance(kind, Kind) for kind in wanted))
+        self._numbered = [each for kind in sorted(wanted, key=lambda kind: kind.label) for each in wanted[kind]]
+        self._addends: list[Late] = []  # to be summed when the step ends
         self._left = False
+        self._ending = self._ended = False
         self._last_backward = -1
         self._parameters = parameters
         self._steps: dict[int, Tally] = {}
@@ -135,7 +144,15 @@ class Log(Receiver):
 
         return take_gradient
 
-    def _summarise(self, capture: Capture, summaries: list[Summary], prefix: str, mode: str, part: Part) -> None:
+    def _summarise(
+        self, capture: Capture, summaries: list[Summary], prefix: str, mode: str, part: Part | Addend
+    ) -> None:
+        if isinstance(part, Addend):
+            if self._merges():
+                capture = dataclasses.replace(capture, value=capture.value.clone())
+                self._addends.append((capture, summaries, prefix, mode, part))
+                return
+            part = Part.OWN
         for summary in list(summaries):
             try:
                 shown = summary(capture)
@@ -151,11 +168,15 @@ class Log(Receiver):
                 error.add_note(f"raised by the summary {summary!r} at {where}")
                 if self.on_error == "raise":
                     raise
-                for each in self._wanted.values():
-                    if summary in each:
-                        each.remove(summary)
+                self._merger.drop(self._numbered.index(summary), f"raised {error!r} at {where}")
+                self._drop(summary)
                 text = f"the summary {summary!r} raised {error!r} at {where}; it is not asked again"
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+    def _drop(self, summary: Summary) -> None:
+        for each in self._wanted.values():
+            if summary in each:
+                each.remove(summary)
 
     # -- parameters ----------------------------------------------------------------------------------------------------
 
@@ -166,7 +187,7 @@ class Log(Receiver):
         with quiet():
             gradients = self._gradients(optimizer)
             self._norms(optimizer, step, [*gradients.values()])
-            captures: list[tuple[Capture, Part]] = []
+            captures: list[tuple[Capture, Part | Addend]] = []
             for key, (_, parameter, _, _) in self._of(optimizer):
                 if self._wanted.get(ParameterKind.VALUE):
                     captures.append(self._capture(key, ParameterKind.VALUE, parameter, step))
@@ -190,7 +211,7 @@ class Log(Receiver):
                 scale = getattr(self._scaler, "_scale", None)  # that of this update: `scaler.update()` comes later
                 if scale is not None:
                     self._add(step, "grad_scaler", Scalar("scale", scale.clone()))
-            captures: list[tuple[Capture, Part]] = []
+            captures: list[tuple[Capture, Part | Addend]] = []
             earlier: list[torch.Tensor] = []
             for key, (_, parameter, _, _) in self._of(optimizer):
                 before = self._before.pop(key, None)
@@ -212,7 +233,8 @@ class Log(Receiver):
                 norm, part = ranks.norm_of(gradients, merged=self._merges())
                 scale = getattr(self._scaler, "_scale", None)
                 if scale is not None:
-                    norm = Norm(norm.squares / scale.to(norm.squares).square())
+                    scaled = tuple((each / scale.to(each.device), addend) for each, addend in norm.addends)
+                    norm = Norm(norm.squares / scale.to(norm.squares).square(), addends=scaled)
                 self._norm_before[id(optimizer)] = norm, part
 
     def _gradients(self, optimizer: Any) -> dict[int, torch.Tensor]:
@@ -233,7 +255,9 @@ class Log(Receiver):
                 norm, part = before
                 self._add(step, "grad_norm", Scalar(f"{prefix}before_clipping", norm), part)
 
-    def _add(self, step: int, prefix: str, item: Any, part: Part = Part.WHOLE) -> None:
+    def _add(self, step: int, prefix: str, item: Any, part: Part | Addend = Part.WHOLE) -> None:
+        if isinstance(part, Addend):
+            return  # a parameter is never one
         with self._lock:
             self._steps.setdefault(step, Tally()).add("train", prefix, item, part)
 
@@ -241,12 +265,12 @@ class Log(Receiver):
         own = [id(p) for group in optimizer.param_groups for p in group["params"]]
         return [(key, self._parameters.found[key]) for key in own if key in self._parameters.found]
 
-    def _capture(self, key: int, kind: ParameterKind, value: torch.Tensor, step: int) -> tuple[Capture, Part]:
+    def _capture(self, key: int, kind: ParameterKind, value: torch.Tensor, step: int) -> tuple[Capture, Part | Addend]:
         name, _, module_type, groups = self._parameters.found[key]
         own, part = ranks.part(value.detach(), replicated=True)
         return Capture(name, kind, own, step, module_type=module_type, groups=groups), part
 
-    def _show(self, captures: Iterable[tuple[Capture, Part]]) -> None:
+    def _show(self, captures: Iterable[tuple[Capture, Part | Addend]]) -> None:
         captures = list(captures)
         draw_all([capture for capture, _ in captures])
         try:
@@ -265,7 +289,7 @@ class Log(Receiver):
         optimizer has `stepped`.
         """
         if self._left:
-            self._left, self._steps = False, {}
+            self._left, self._steps, self._addends = False, {}, []
             return
         closed = getattr(self.writer, "closed", False)  # it then was told what there was: see `Board.before_close`
         if not stepped and not closed and self.active(step) and self._wanted.get(ParameterKind.VALUE):
@@ -275,26 +299,41 @@ class Log(Receiver):
         forget_drawn()
         with self._lock:
             steps, self._steps = self._steps, {}
-        for number in sorted(steps):  # the same order on all ranks
-            if steps[number]:
-                self._send(number, steps[number])
+            addends, self._addends = self._addends, []
+        numbers = {number for number, tally in steps.items() if tally} | {capture.step for capture, *_ in addends}
+        if self._merges() and (not self._ended if self._ending else self.active(step)):
+            numbers.add(step)  # with nothing, too: others may have something
+        for number in sorted(numbers):  # the same order on all ranks
+            self._send(number, steps.get(number, Tally()), [each for each in addends if each[0].step == number])
+
+    def bound(self, idle: bool) -> None:
+        """What ended may go on: a probe can be entered again."""
+        self._left = self._ended = False
+
+    def finish(self, step: int, *, stepped: bool) -> None:
+        """The last step is over; on a rank that wrote to a board which closed before, it was already."""
+        self._ending = True
+        try:
+            super().finish(step, stepped=stepped)
+        finally:
+            self._ending, self._ended = False, True
 
     def leave(self, error: BaseException) -> None:
         """Tell the ranks that wait for this one to merge a step; what is open is lost."""
         if self._merges():
             self._left = True
-            ranks.leave(error)
+            merge.leave(error)
 
     def _merges(self) -> bool:
         return not self._per_rank and ranks.several()
 
-    def _send(self, number: int, step: Tally) -> None:
+    def _send(self, number: int, step: Tally, addends: list[Late]) -> None:
         run = f"rank{ranks.rank()}" if self._per_rank else ""
         with quiet():
-            if self._merges():
-                ranks.merge(number, step)
-                if ranks.rank() != 0:
-                    return
+            if self._merges() and not (self._merge(number, step, addends) and ranks.rank() == 0):
+                return
+            if self.writer is None:
+                return
             items = step.fetch()
         if not hasattr(self.writer, "submit"):
             _write_plainly(self.writer, number, items(), run)
@@ -308,6 +347,27 @@ class Log(Receiver):
 
         for mode in dict.fromkeys(mode for mode, _ in _keys(step)):
             self.writer.submit(number, lambda mode=mode: of(mode), run=_run(mode, run))
+
+    def _merge(self, number: int, step: Tally, addends: list[Late]) -> bool:
+        """Have the step hold what all ranks gathered; False: some ranks have dropped a summary, and it is lost."""
+        try:
+            sites = [(f"{mode}: {prefix}", capture.value, addend) for capture, _, prefix, mode, addend in addends]
+            summed = self._merger.sum_up(number, step, sites)
+            if summed:
+                self._steps[number] = step
+                for (capture, summaries, prefix, mode, _), (value, part) in zip(addends, summed, strict=True):
+                    self._summarise(dataclasses.replace(capture, value=value), summaries, prefix, mode, part)
+                forget_drawn()
+                del self._steps[number]
+            self._merger.merge(number, step, leaving=self._ending)
+        except merge.Dropped as dropped:
+            for index, why in dropped.why.items():
+                summary = self._numbered[index]
+                self._drop(summary)
+                text = f"step {number} is not logged: the summary {summary!r} {why}; it is not asked again on any rank"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+            return False
+        return True
 
 
 def check(writer: Any, summaries: tuple[Any, ...], every: Any, on_error: str, *, silent: bool) -> None:

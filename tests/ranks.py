@@ -11,9 +11,11 @@ import copy
 import functools
 import json
 import math
+import re
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -443,21 +445,56 @@ def check_tensor_parallel(folder: Path) -> None:
 
 
 def check_partial_sums_are_summed_first(folder: Path) -> None:
-    """A DTensor whose shards are addends counts by their sum; a record has the addend."""
+    """A DTensor whose shards are addends counts by their sum, in each call; a record, or a rank's run, has its own."""
+    rank, kept, own, model = dist.get_rank(), Kept(), Kept(), partial_sums()
+    with Probe(model, keep=1) as p, counted() as counts:
+        p.log(kept, stats, histogram)
+        p.log(own, stats, per_rank=True)
+        model(torch.ones(3))
+        model(torch.full((2,), 5.0))
+        assert not any(counts.values())
+    assert torch.equal(p["0"].output, torch.full((2,), 5.0 + 5.0 * rank))
+    assert own.runs[f"rank{rank}"][0]["0/output/max"] == 5.0 + 5.0 * rank
+    if rank == 0:
+        same(kept["0/output/histogram"], torch.tensor([3.0, 3.0, 3.0, 15.0, 15.0]))
+
+
+def partial_sums() -> nn.Module:
+    """What it returns are addends, twice as large on the second rank."""
     from torch.distributed.tensor import DTensor, Partial
 
     class Half(nn.Module):
         def forward(self, x: torch.Tensor) -> Any:
             return DTensor.from_local(x * (1 + dist.get_rank()), mesh, [Partial()], run_check=False)
 
-    mesh, kept = meshes(2), Kept()
-    model = nn.Sequential(Half())
-    with Probe(model, keep=1) as p:
+    mesh = meshes(2)
+    return nn.Sequential(Half())
+
+
+def check_partial_gradients_are_summed(folder: Path) -> None:
+    """As sequence parallelism leaves them on replicated parameters: their statistics and norms are the optimizer's."""
+    from torch.distributed.tensor import Partial
+    from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
+
+    torch.manual_seed(0)
+    twin, x = nn.Sequential(nn.LayerNorm(4)), batches().view(2, 6, 4)
+    model, kept = copy.deepcopy(twin), Kept()
+    parallelize_module(model, meshes(2), {"0": SequenceParallel(use_local_output=False)})
+    optimizer = sgd(model)
+    with Probe(model, optimizer=optimizer) as p:
         p.log(kept, stats, histogram)
-        model(torch.ones(3))
-    assert torch.equal(p["0"].output, torch.full((3,), 1.0 + dist.get_rank()))
+        model(x.chunk(2, 1)[dist.get_rank()]).full_tensor().square().mean().backward()
+        assert model[0].weight.grad.placements == (Partial(),)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    twin(x).square().mean().backward()
+    norm = float(torch.stack([each.grad.norm() for each in twin.parameters()]).norm())
     if dist.get_rank() == 0:
-        same(kept["0/output/histogram"], torch.full((3,), 3.0))
+        for name, parameter in twin.named_parameters():
+            assert kept[f"{name}/grad/histogram"].count == parameter.numel()
+            assert kept[f"{name}/grad/norm"] == pytest.approx(float(parameter.grad.norm()), rel=1e-5)
+        assert kept["grad_norm/before_clipping"] == pytest.approx(norm, rel=1e-5)
+        assert kept["grad_norm/after_clipping"] == pytest.approx(norm, rel=1e-5)
 
 
 def check_health_of_sharded_parameters(folder: Path) -> None:
@@ -513,6 +550,135 @@ def check_other_layers_are_an_error_on_all_ranks(folder: Path) -> None:
     layers = "0" if dist.get_rank() == 0 else ["0", "1"]
     text = r"at the end of step 0; only rank 1 has train: 1/grad_output \(mean, std.*train: 1/output \(.*per_rank=True"
     fails(DistributedDataParallel(net()), lambda p: p.log(Kept(), stats, layers=layers), text)
+
+
+def check_partial_sums_on_one_rank_only_are_an_error_on_all(folder: Path) -> None:
+    """No rank waits in a collective that the other never enters; with a run for each rank it is no error."""
+    model, kept = partial_sums(), Kept()
+    for how in ({}, {"per_rank": True}):
+        began = time.monotonic()
+        expected = contextlib.nullcontext() if how else pytest.raises(RuntimeError, match=r"only rank 0 has .*0/output")
+        with expected, Probe(nn.ModuleList([model, net()]), kinds=Kind.OUTPUT) as p:
+            p.log(kept, stats, layers="0.0" if dist.get_rank() == 0 else "1.0", **how)
+            model(torch.ones(3))
+            p.step()
+        assert time.monotonic() - began < SECONDS / 4
+
+
+def check_a_rank_that_gathers_nothing_is_an_error_on_all_ranks(folder: Path) -> None:
+    """In a step, or in what is open when the block ends, with and without an optimizer; soon."""
+    first = dist.get_rank() == 0
+
+    def run(x: torch.Tensor, *, ends: bool, optimizer: Any = None) -> None:
+        with Probe(model, optimizer=optimizer) as p:
+            p.log(Kept(), stats)
+            (model if first else twin)(x).sum().backward()
+            if optimizer is not None:
+                optimizer.step()
+            elif ends:
+                p.step()
+
+    model, twin = net(), net()
+    began = time.monotonic()
+    for how in ({"ends": True}, {"ends": False}, {"ends": True, "optimizer": sgd(model)}):
+        with pytest.raises(RuntimeError, match=r"at the end of step 0; only rank 0 has .*train: 0/grad_output"):
+            run(batches(), **how)
+    assert time.monotonic() - began < SECONDS / 4
+
+
+def check_ranks_that_gather_nothing_may_leave_at_other_steps(folder: Path) -> None:
+    """Nothing was logged in the open steps: nothing is missed. Then they log together again."""
+    model, kept = net(), Kept()
+    with Probe(model) as p:
+        p.log(Kept(), stats, every=3)
+        for _ in range(2 + dist.get_rank()):  # the second rank leaves in a step that is observed
+            p.step()
+    with Probe(model, kinds=Kind.OUTPUT) as p:
+        p.log(kept, stats)
+        model(mine(batches()))
+    assert bool(kept.runs) == (dist.get_rank() == 0)
+
+
+def check_a_rank_that_raises_before_it_logs_is_an_error_on_all_ranks(folder: Path) -> None:
+    """Also where the others have nothing to merge any more, with two logs; afterwards all go on."""
+    model, kept = net(), Kept()
+
+    def run() -> None:
+        with Probe(model) as p:
+            p.log(Kept(), stats)
+            p.log(Kept(), histogram)
+            if dist.get_rank() == 1:
+                raise ZeroDivisionError("mine")
+
+    for _ in range(2):
+        with pytest.raises((RuntimeError, ZeroDivisionError), match="mine"):
+            run()
+    log_a_step(model, lambda p: p.log(kept, stats))
+    assert bool(kept.runs) == (dist.get_rank() == 0)
+
+
+def check_a_rank_that_raises_at_the_very_end_is_an_error_on_all_ranks(folder: Path) -> None:
+    """A summary of parameters, which are shown when the block is left, in the second of three logs."""
+
+    def broken(c: Capture) -> Iterator[Any]:
+        if dist.get_rank() == 1:
+            raise ZeroDivisionError("mine")
+        yield Scalar("norm", c.value.norm())
+
+    model, began = net(), time.monotonic()
+
+    def run() -> None:
+        with Probe(model) as p:
+            p.log(Kept(), stats, kinds=Kind.OUTPUT)
+            p.log(Kept(), broken, kinds=[ParameterKind.VALUE, Kind.OUTPUT], layers="0")
+            p.log(Kept(), broken, kinds=[ParameterKind.VALUE])
+            model[1](torch.ones(3))
+
+    with pytest.raises((RuntimeError, ZeroDivisionError), match="mine"):
+        run()
+    assert time.monotonic() - began < SECONDS / 4
+
+
+def check_a_summary_dropped_on_one_rank_is_dropped_on_all(folder: Path) -> None:
+    """``on_error="warn"`` goes on: the step of the error is not logged, and those after it without the summary."""
+    rank, model, kept = dist.get_rank(), net(), Kept()
+
+    def fragile(c: Capture) -> Iterator[Any]:
+        if rank == 1 and c.step == 1 and c.name == "2":
+            raise ZeroDivisionError("mine")
+        yield Scalar("number", 7)
+
+    with Probe(model, kinds=Kind.OUTPUT) as p, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        p.log(kept, stats, fragile, on_error="warn")
+        for _ in range(4):
+            model(mine(batches()))
+            p.step()
+    texts = [str(each.message) for each in told if "fragile" in str(each.message)]
+    assert len(texts) == 1 + rank
+    assert re.search(r"step 1 is not logged: .*on rank 1 raised ZeroDiv.*'2', output; it is not asked again", texts[-1])
+    if rank == 0:
+        assert {step: "0/output/number" in tags for step, tags in kept.runs[""].items()} == {
+            0: True,
+            2: False,
+            3: False,
+        }
+        assert all("2/output/mean" in tags for tags in kept.runs[""].values())
+
+
+def check_a_summary_dropped_on_all_ranks_costs_no_step(folder: Path) -> None:
+    def fragile(c: Capture) -> Iterator[Any]:
+        raise ZeroDivisionError("everybody's")
+
+    model, kept = net(), Kept()
+    with Probe(model, kinds=Kind.OUTPUT) as p, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        p.log(kept, stats, fragile, on_error="warn")
+        for _ in range(2):
+            model(mine(batches()))
+            p.step()
+    assert len([each for each in told if "fragile" in str(each.message)]) == 1
+    assert dist.get_rank() or [*kept.runs[""]] == [0, 1]
 
 
 def check_other_summaries_are_an_error_on_all_ranks(folder: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from probe import ranks
+from probe import merge, ranks
 from probe._meeting import Meeting
 from probe.ranks import Part
 from tests.ranks import CHECKS
@@ -96,7 +96,7 @@ def test_ranks_that_agree_go_on_and_leave_little_behind(store: Any) -> None:
     sizes = []
     for number in range(5):
         found = together(*(lambda m=m, n=number: m.agree([f"step {n}", "a"]) for m in meetings))
-        assert found == [None] * 3
+        assert found == [[]] * 3
         sizes.append(store.num_keys())
     assert sizes[1:] == [sizes[1]] * 4
 
@@ -108,14 +108,14 @@ def test_what_differs_is_told_to_all(store: Any) -> None:
     found = together(*(lambda m=m, x=x: m.agree(x) for m, x in zip(meetings, lines, strict=True)))
     text = "the ranks log different things at step 1; only rank 0 has b; only rank 2 has c, d, e, f and 2 more. Every"
     assert all(str(error).startswith(text) for error in found)
-    assert together(*(lambda m=m: m.agree(["step 2"]) for m in meetings)) == [None] * 3
+    assert together(*(lambda m=m: m.agree(["step 2"]) for m in meetings)) == [[]] * 3
 
 
 def test_a_store_may_outlive_a_process_group(store: Any) -> None:
     """What the ranks of an earlier one agreed, or failed, to do in it is nothing to those of the next."""
     for _ in range(3):
         meetings = [Meeting(store, rank, 2) for rank in range(2)]
-        assert together(*(lambda m=m: m.agree(["step 0"]) for m in meetings)) == [None] * 2
+        assert together(*(lambda m=m: m.agree(["step 0"]) for m in meetings)) == [[]] * 2
         found = together(*(lambda m=m, r=r: m.agree(["step 1", str(r)]) for r, m in enumerate(meetings)))
         assert all("only rank 0 has 0; only rank 1 has 1" in str(error) for error in found)
 
@@ -126,7 +126,7 @@ def test_a_rank_that_left_is_named_to_all(store: Any) -> None:
     there.leave("rank 1 left\n for a reason")
     (error,) = together(lambda: here.agree(["step 0"]))
     assert str(error) == "rank 1 left for a reason"
-    assert together(lambda: here.agree(["step 1"]), lambda: there.agree(["step 1"])) == [None] * 2
+    assert together(lambda: here.agree(["step 1"]), lambda: there.agree(["step 1"])) == [[]] * 2
     first, _ = together(lambda: here.agree(["step 2"]), lambda: there.leave("rank 1 left"))
     assert str(first) == "rank 1 left"
 
@@ -139,6 +139,34 @@ def test_a_rank_that_does_not_come_is_named(store: Any) -> None:
     late = together(lambda: meetings[2].agree(["step 0"]))
     for error in (*waited, *late):
         assert str(error).startswith("rank 2 did not come within 0 s to step 0, where rank ")
+
+
+def test_ranks_with_nothing_to_do_need_not_be_at_the_same_place(store: Any) -> None:
+    """But one that has something is told who has not."""
+    meetings = [Meeting(store, rank, 2) for rank in range(2)]
+    assert together(*(lambda m=m, n=n: m.agree([f"step {n}"]) for n, m in enumerate(meetings))) == [[], []]
+    found = together(*(lambda m=m, n=n: m.agree(["step 1", *"a"[n:]]) for n, m in enumerate(meetings)))
+    assert all("at step 1; only rank 0 has a. Every" in str(error) for error in found)
+
+
+def test_news_come_to_all_ranks(store: Any) -> None:
+    """Where they explain a difference, instead of an error; where all know the same there is none."""
+    meetings = [Meeting(store, rank, 3) for rank in range(3)]
+    lines = [["step 0", "a"], ["step 0", "not b", "a"], ["step 0", "not c", "a"]]
+    news = [[], ["b\nfailed"], ["c failed"]]
+    coming = [*zip(meetings, lines, news, strict=True)]
+    assert together(*(lambda m=m, x=x, n=n: m.agree(x, n) for m, x, n in coming)) == [["b failed", "c failed"]] * 3
+    found = together(*(lambda m=m: m.agree(["step 1", "not b"], [f"b failed in {id(m)}"]) for m in meetings))
+    assert found == [[]] * 3
+
+
+def test_who_leaves_with_nothing_does_not_insist_on_the_others(store: Any) -> None:
+    """They may have ended otherwise. One that comes later, with something, is told."""
+    store.set_timeout(timedelta(seconds=1))
+    here, there = (Meeting(store, rank, 2) for rank in range(2))
+    assert here.agree(["step 3"], leaving=True) == []
+    (late,) = together(lambda: there.agree(["step 3", "a"]))
+    assert str(late).startswith("rank 1 did not come within 0 s to step 3, where rank 0 waits")
 
 
 # -- who holds what ----------------------------------------------------------------------------------------------------
@@ -189,7 +217,7 @@ def test_where_ranks_add_up(config: str, candidates: list[str], expected: str, m
     """On a device that the process group's backends can reduce: the tensors' own, or the current accelerator."""
     monkeypatch.setattr(dist, "get_backend_config", lambda: config)
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)
-    assert ranks._device([torch.device(each) for each in candidates]) == torch.device(expected)
+    assert merge._device([torch.device(each) for each in candidates]) == torch.device(expected)
 
 
 def parts(rank: int, dims: tuple[str, ...], placements: tuple[str, ...], *, replicated: bool) -> Part:
@@ -206,6 +234,7 @@ def parts(rank: int, dims: tuple[str, ...], placements: tuple[str, ...], *, repl
         local, part = ranks.part(tensor, replicated=replicated)
         assert type(local) is torch.Tensor
         assert local.shape == (2, 3)
+        assert isinstance(part, Part)
         return part
     finally:
         dist.destroy_process_group()
