@@ -13,11 +13,11 @@ import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules import module as torch_module
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from probe.calls import Call, Pass, PassInfo, StopForward
@@ -658,7 +658,36 @@ class _FirstHook(weakref.ref[Any]):
 
 def on_any_call(function: Callable[[nn.Module, tuple[Any, ...]], None]) -> Any:
     """Have ``function(module, args)`` called before the forward of every module of this process; the handle."""
-    return register_module_forward_pre_hook(function)
+    return _OnAnyCall(function)
+
+
+class _OnAnyCall:
+    """A hook on all calls, and its handle.
+
+    A compiled module warns at each call when there are such hooks, which a script may have made an error. So torch is
+    told of others only, for as long as this one is there.
+    """
+
+    _own: ClassVar[set[int]] = set()
+    _has_any = staticmethod(getattr(torch_module, "_has_any_global_hook", bool))
+
+    def __init__(self, function: Callable[[nn.Module, tuple[Any, ...]], None]) -> None:
+        self._handle = torch_module.register_module_forward_pre_hook(function)
+        self._own.add(self._handle.id)
+        torch_module._has_any_global_hook = self._has_others
+
+    def remove(self) -> None:
+        self._handle.remove()
+        self._own.discard(self._handle.id)
+        if not self._own:
+            torch_module._has_any_global_hook = self._has_any
+
+    @classmethod
+    def _has_others(cls) -> bool:
+        if torch_module._global_forward_pre_hooks.keys() - cls._own:
+            return True
+        others = "_global_forward_hooks", "_global_backward_hooks", "_global_backward_pre_hooks"
+        return any(getattr(torch_module, name, ()) for name in others)
 
 
 def on_any_step(function: Callable[..., None]) -> Any:

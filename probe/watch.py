@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -49,8 +48,6 @@ class Watch:
         self._searching = True
         self._calls: Any = None
         self._steps = on_any_step(self._stepping)
-        # it was thought of: compiled graphs hold nothing of the hook on all calls
-        warnings.filterwarnings("ignore", message="Using `torch.compile\\(module\\)` when there are global hooks")
         _watches.add(self)
         self.update()
 

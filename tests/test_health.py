@@ -843,6 +843,25 @@ def test_checkpointing_inference_and_empty_batches() -> None:
     assert names(p.findings) == []
 
 
+def test_transforms_of_torch_func() -> None:
+    """What they wrap is not read as if it were a batch, and fails nothing."""
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.Sequential(encoder, nn.Flatten(1), nn.Linear(40, 4), nn.BatchNorm1d(4).eval(), nn.Sigmoid())
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters: Any, x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x[None],)).square().mean()
+
+    gradients = torch.func.grad(loss)
+    each = torch.func.vmap(gradients, in_dims=(None, 0), randomness="different")
+    with Probe(model, observers=health.checks()) as p:
+        for _ in range(3):
+            gradients(parameters, torch.randn(5, 8))
+            each(parameters, torch.randn(6, 5, 8))
+            p.step()
+    assert names(p.findings) == []
+
+
 def test_copies_of_the_model_are_not_observed() -> None:
     """Nor does a copy hold what checks saw."""
     model = mlp()

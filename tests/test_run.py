@@ -436,8 +436,12 @@ def outputs(run: Run, name: str) -> list[str]:
 
 @pytest.mark.parametrize("how", ["torch.compile(net, backend='eager', fullgraph=True)", "net", "torch.compile(call)"])
 def test_a_compiled_model_runs_as_compiled(start: Callable[..., Run], how: str) -> None:
-    """It, a model compiled in place, and one in a compiled function: parameters are logged, the graph is left alone."""
+    """It, a model compiled in place, and one in a compiled function: parameters are logged, the graph is left alone.
+
+    Nor is there a warning more, which a script may have made an error.
+    """
     script = (
+        "import warnings\nwarnings.simplefilter('error')\n"
         "net = mlp()\ncall = lambda x: net(x)\nstate = [0]\n"
         "def backend(graph, inputs):\n    state[0] += 1\n    return graph.forward\n"
         "if HOW == 'net': net.compile(backend=backend, fullgraph=True); call = net\n"

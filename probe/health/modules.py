@@ -54,7 +54,7 @@ def input_facts(module: nn.Module, tensors: list[tuple[str, torch.Tensor]]) -> F
         return _batch_norm(module, tensors[0][1] if tensors else None)
     if isinstance(module, _DROPOUTS):
         facts: Facts = {"dropout": float(module.p)}
-        if tensors and tensors[0][1].dim() == 4:
+        if tensors and tensors[0][1].dim() == 4 and is_plain(tensors[0][1]):
             facts.update(peaked(tensors[0][1][:1, :, :ROWS]))
         return facts
     if isinstance(module, nn.MultiheadAttention):
@@ -97,7 +97,9 @@ def peaked(weights: torch.Tensor) -> Facts:
 def _multihead(module: nn.MultiheadAttention, tensors: list[torch.Tensor]) -> Facts:
     """The attention of the first sample, computed once more from query and key, without masks."""
     weight = module.in_proj_weight
-    if weight is None or len(tensors) < 2 or any(each.dim() != 3 or not is_plain(each) for each in tensors):
+    if weight is None or len(tensors) < 2 or any(each.dim() != 3 for each in tensors):
+        return {}
+    if not all(map(is_plain, (weight, *tensors))):
         return {}
     width = module.embed_dim
     query, key = (each[0] if module.batch_first else each[:, 0] for each in tensors)
@@ -120,7 +122,7 @@ def _batch_norm(module: Any, value: torch.Tensor | None) -> Facts:
         return {}
     count = value.numel() // value.shape[1]
     facts: Facts = {"batch": len(value), "momentum": module.momentum}
-    if module.running_mean is None or count < 2:
+    if module.running_mean is None or count < 2 or not is_plain(module.running_mean):
         return facts
     var, mean = torch.var_mean(value.float(), dim=[dim for dim in range(value.dim()) if dim != 1])
     running = module.running_var.float() + module.eps

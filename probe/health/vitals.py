@@ -69,9 +69,10 @@ def of(tensor: torch.Tensor, extra: Mapping[str, Any] | None = None) -> Vitals |
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether ordinary operations can read it: strided, with values, and not empty."""
+    """Whether ordinary operations can read it: strided, with values, not empty, and not wrapped by torch.func."""
     strided = not tensor.is_nested and tensor.layout == torch.strided and not tensor.is_quantized
-    return strided and tensor.device.type != "meta" and tensor.numel() > 0 and not is_fake(tensor)
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return strided and not wrapped and tensor.device.type != "meta" and tensor.numel() > 0 and not is_fake(tensor)
 
 
 def spread(tensor: torch.Tensor) -> dict[str, Any]:
