@@ -273,11 +273,10 @@ class Training:
     def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return self.data(self.size, generator)
 
-    def run(self, steps: int = STEPS, checks: Any = None) -> health.Findings:
-        """Train, and evaluate now and then; what was found."""
+    def run(self, steps: int = STEPS, until: Callable[[health.Finding], bool] | None = None) -> health.Findings:
+        """Train, and evaluate now and then, until such a finding is there; what was found."""
         generator = torch.Generator().manual_seed(self.seed + 1)
-        observers = health.checks() if checks is None else checks
-        with Probe(self.model, optimizer=self.optimizers, observers=observers) as p:
+        with Probe(self.model, optimizer=self.optimizers, observers=health.checks()) as p:
             for step in range(steps):
                 for function in self.before:
                     function(step)
@@ -286,6 +285,8 @@ class Training:
                     function(step)
                 if self.evaluates and step % 10 == 9:
                     self._evaluate(generator)
+                if until is not None and any(map(until, p.findings)):
+                    break
         return p.findings
 
     def _step(self, generator: torch.Generator) -> None:
@@ -783,12 +784,13 @@ class Case:
     layer: str = ""
     found: health.Findings = field(default_factory=health.Findings)
 
-    def run(self) -> None:
+    def run(self, *, whole: bool) -> None:
+        """Train for 20 steps; unless `whole` no further than to where the fault is named."""
         training = Training(self.model, self.seed, **self.fault.options)
         self.layer = self.fault.plant(training)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # some faults are so plain that a probe tells without checks
-            self.found = training.run(20)
+            self.found = training.run(20, until=None if whole else self.is_right)
 
     def is_right(self, found: health.Finding) -> bool:
         return found.check == self.fault.check and self.layer in (found.layer, "*")
@@ -879,7 +881,7 @@ def measure(seeds: Iterable[int]) -> tuple[list[Case], dict[str, health.Findings
     alarms: dict[str, health.Findings] = {}
     for seed in seeds:
         for case in sabotaged(seed):
-            case.run()
+            case.run(whole=True)  # whether it comes first is told below
             cases.append(case)
             if not case.first:
                 found = [(each.check, each.layer, each.step) for each in case.found[:4]]

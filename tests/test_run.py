@@ -321,38 +321,6 @@ def test_what_cannot_be_run_is_told(arguments: list[str], says: str, capsys: pyt
     assert says in capsys.readouterr().err
 
 
-def test_ctrl_c_leaves_what_was_seen(tmp_path: Path) -> None:
-    """In a process that sets what torch reads before importing it; the step that was open is written too."""
-    script = """
-        import os
-        os.environ["OMP_NUM_THREADS"] = "1"
-        import signal
-        import torch
-        model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1))
-        optimizer = torch.optim.Adam(model.parameters())
-        print(torch.get_num_threads())
-        for step in range(100):
-            optimizer.zero_grad()
-            model(torch.ones(2, 4)).sum().backward()
-            if step == 10:
-                os.kill(os.getpid(), signal.SIGINT)
-            optimizer.step()
-    """
-    (tmp_path / "script.py").write_text(textwrap.dedent(script))
-    environment = {key: value for key, value in ENVIRONMENT.items() if key != "OMP_NUM_THREADS"}
-    command = [sys.executable, "-m", "probe", "run", "--every", "5", "--logdir", "board", "../script.py"]
-    run = process(tmp_path / "probed", *command, environment=environment)
-    assert run.status == -signal.SIGINT
-    assert run.out == "1\n"
-    assert steps_of(run, "model", "0/output/mean") == steps_of(run, "model", "0/grad_output/mean") == [0, 5, 10]
-    assert steps_of(run, "model", "0.weight/update/mean") == [0, 5]
-    trace = run.err[run.err.index("Traceback") :].splitlines()
-    assert [line.split(",")[0] for line in trace if line.startswith("  File")] == [
-        f'  File "{tmp_path / "probed" / ".." / "script.py"}"'
-    ]
-    assert trace[-1] == "KeyboardInterrupt"
-
-
 # -- what is found -----------------------------------------------------------------------------------------------------
 
 HEAD = """
@@ -368,6 +336,25 @@ def train(model, steps, optimizer=None, call=None):
         (call or model)(torch.randn(8, 4)).square().mean().backward()
         optimizer.step()
 """
+
+
+def test_ctrl_c_leaves_what_was_seen(start: Callable[..., Run]) -> None:
+    """The step that was open is written too."""
+    script = """
+import os, signal
+model = mlp()
+optimizer = torch.optim.Adam(model.parameters())
+for step in range(100):
+    optimizer.zero_grad()
+    model(torch.ones(2, 4)).sum().backward()
+    if step == 10:
+        os.kill(os.getpid(), signal.SIGINT)
+    optimizer.step()
+"""
+    run = start("--every 5", HEAD + script)
+    assert run.status == "KeyboardInterrupt()"
+    assert steps_of(run, "model", "0/output/mean") == steps_of(run, "model", "0/grad_output/mean") == [0, 5, 10]
+    assert steps_of(run, "model", "0.weight/update/mean") == [0, 5]
 
 
 def found(run: Run) -> dict[str, str]:

@@ -87,11 +87,11 @@ def spread(tensor: torch.Tensor) -> dict[str, Any]:
 
 def alive(tensor: torch.Tensor, channels_first: bool = False) -> dict[str, Any]:
     """Which units, along dimension 1 (the last one for ``[B, T, F]``), are unlike zero anywhere."""
-    if not is_plain(tensor) or tensor.dim() < 2 or not tensor.is_floating_point():
+    if not is_plain(tensor) or tensor.dim() < 2 or not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
         return {}
     unit = tensor.dim() - 1 if tensor.dim() == 3 and not channels_first else 1
     others = [dim for dim in range(tensor.dim()) if dim != unit]
-    return {"alive": (tensor != 0).any(dim=others)}
+    return {"alive": tensor.abs().amax(dim=others) != 0}  # many times quicker on the CPU than `any` over dimensions
 
 
 def subnormal(tensor: torch.Tensor) -> dict[str, Any]:
