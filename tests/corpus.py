@@ -1,6 +1,6 @@
 """Small trainings, sound ones and ones with a planted fault, on which the health checks are measured.
 
-    python -m tests.corpus --seeds 10        # more seeds than the suite has time for; prints the tables
+``python -m tests.corpus --seeds 10`` takes more seeds than the suite has time for, and prints the tables.
 """
 
 from __future__ import annotations
