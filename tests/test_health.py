@@ -631,6 +631,11 @@ def test_a_zero_initialised_branch_has_time_to_begin() -> None:
     assert names(train(model)) == [("no gradient", "2.inner")]
 
 
+def test_a_bias_that_cancels_in_the_loss_is_no_finding() -> None:
+    """As the last one of a critic does, of which the difference of two means is taken."""
+    assert train(mlp(), loss=lambda out, y: out[:16].mean() - out[16:].mean()) == []
+
+
 @pytest.mark.filterwarnings("ignore:.* were never called")  # in the steps that are observed
 def test_layers_that_are_skipped_at_times_are_no_finding() -> None:
     """As by LayerDrop, by experts, or by the heads of several tasks; nor those whose turn is in steps not observed."""

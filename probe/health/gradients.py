@@ -191,7 +191,8 @@ def missing_gradients(*, window: int = 5) -> Check:
 
     Of a row of such layers, one after the other, the last one is named: there the gradient stops. One that had a
     gradient once, or was updated in steps that were not observed, is no finding: layers may be skipped at random
-    (stochastic depth, LayerDrop), or take turns (experts, heads of several tasks).
+    (stochastic depth, LayerDrop), or take turns (experts, heads of several tasks). Nor is one whose gradient is zero
+    beside another of its layer that is not: a bias may cancel in the loss, as a critic's does.
 
     Arguments:
         window: steps in a row in which it has to be so, at least.
@@ -204,7 +205,9 @@ def missing_gradients(*, window: int = 5) -> Check:
         came = any(call.grad_outputs for each in seen for call in calls_of(each))
         if not came or not all(each.stepped for each in seen):
             return
-        lacking = [p for p in step.parameters.values() if _never_got([s.parameters.get(p.name) for s in seen])]
+        reached = {p.layer for p in step.parameters.values() if p.reached}
+        never = [p for p in step.parameters.values() if _never_got([s.parameters.get(p.name) for s in seen])]
+        lacking = [p for p in never if p.grad is None or p.layer not in reached]
         what = "parameters without a gradient"
         called = list(dict.fromkeys(call.layer for call in sorted(calls_of(step), key=lambda call: call.order)))
         owners = {p.layer for p in step.parameters.values()}
