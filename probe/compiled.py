@@ -98,22 +98,34 @@ def _compiling() -> Iterator[Any]:
 
 _sessions: dict[int, GraphSession] = {}  # by the number that is a constant in their graphs
 _SCHEMAS = (
-    "root(Tensor(a!) token, int session, bool entered) -> ()",
-    "deliver(Tensor[] values, Tensor(a!) token, int session, int site, int spot, str[] paths, bool out) -> ()",
+    "root(Tensor(a!) token, int session, bool entered, bool grad) -> ()",
+    "deliver(Tensor[] values, Tensor(a!) token, int session, int site, int spot, str[] paths, bool out, bool grad)"
+    " -> ()",
     "gradient(Tensor value, Tensor(a!) token, int session, int site, int spot, str path) -> ()",
 )
 
 
-def _root(token: torch.Tensor, session: int, entered: bool) -> None:
+# A compiled graph runs with gradients disabled; whether they were enabled where it is called is told by `grad`.
+
+
+def _root(token: torch.Tensor, session: int, entered: bool, grad: bool) -> None:
     if session in _sessions and graph_task() == -1:
-        _sessions[session].root(entered)
+        with torch.set_grad_enabled(grad):
+            _sessions[session].root(entered)
 
 
 def _deliver(
-    values: list[torch.Tensor], token: torch.Tensor, session: int, site: int, spot: int, paths: list[str], out: bool
+    values: list[torch.Tensor],
+    token: torch.Tensor,
+    session: int,
+    site: int,
+    spot: int,
+    paths: list[str],
+    out: bool,
+    grad: bool,
 ) -> None:
     if session in _sessions and graph_task() == -1:  # in a recomputation under activation checkpointing: no new call
-        _sessions[session].deliver(site, spot, Leaves(zip(paths, values, strict=True)), out)
+        _sessions[session].deliver(site, spot, Leaves(zip(paths, values, strict=True)), out, grad)
 
 
 def _gradient(value: torch.Tensor, token: torch.Tensor, session: int, site: int, spot: int, path: str) -> None:
@@ -219,7 +231,7 @@ class GraphSession(Session):
     def _root_hook(self, entered: bool) -> Callable[..., None]:
         def hook(module: nn.Module, *_: Any) -> None:
             if self.observing and not torch.compiler._is_exporting_flag:
-                torch.ops.probe.root(self.tokens[0], self.number, entered)
+                torch.ops.probe.root(self.tokens[0], self.number, entered, torch.is_grad_enabled())
 
         return _untraced(hook)
 
@@ -250,7 +262,7 @@ class GraphSession(Session):
 
     def _call(self, site: int, spot: int, found: list[tuple[str, torch.Tensor]], out: bool) -> None:
         values, paths = [tensor.detach() for _, tensor in found], [path for path, _ in found]
-        torch.ops.probe.deliver(values, self.tokens[0], self.number, site, spot, paths, out)
+        torch.ops.probe.deliver(values, self.tokens[0], self.number, site, spot, paths, out, torch.is_grad_enabled())
 
     # What the operators call at run time.
 
@@ -262,12 +274,13 @@ class GraphSession(Session):
         if entered:
             self.begin(self.model)
 
-    def deliver(self, site: int, spot: int, found: Leaves, out: bool) -> None:
-        """A layer was given tensors, or returned them."""
+    def deliver(self, site: int, spot: int, found: Leaves, out: bool, grad: bool) -> None:
+        """A layer was given tensors, or returned them, where gradients are enabled or not."""
         tap, pass_ = self._sites[site], self.local.current
         alone = pass_ is None
         if pass_ is None:
-            pass_ = self.begin(tap.layer.module)
+            with torch.set_grad_enabled(grad):
+                pass_ = self.begin(tap.layer.module)
         if pass_ is None or not pass_.open:
             return
         call = self._begun.pop(tap.layer, None) or pass_.call(tap.layer)

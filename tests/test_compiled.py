@@ -16,7 +16,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from probe import Board, Capture, Kind, Probe, ProbeWarning, Scalar, feature_maps, histogram, stats
+from probe import Board, Capture, Kind, Probe, ProbeWarning, Scalar, feature_maps, health, histogram, stats
 from tests import reading, zoo
 
 pytestmark = [  # of torch 2.11's compiler, about its own doings
@@ -386,6 +386,22 @@ def test_modes_and_tags_inside(net: nn.Module, tmp_path: Path) -> None:
     for run, k in (("", 1), ("valid", 2), ("eval", 3)):
         ((_, norm),) = reading.scalars(tmp_path / run, "0/output/norm")
         assert norm == pytest.approx(float(net[0](k * x).detach().norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_health_inside(dead: bool) -> None:
+    """Passes of a training are known as such, though a compiled graph runs with gradients disabled."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+    if dead:
+        nn.init.constant_(model[1].bias, -100.0)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Probe(model, optimizer=optimizer, observers=health.checks(), compiled="inside") as p:
+        for _ in range(6):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(compiled(torch.randn(32, 8)), torch.randint(3, (32,))).backward()
+            optimizer.step()
+    assert [(each.check, each.layer) for each in p.findings][:1] == ([("dead units", "2")] if dead else [])
 
 
 def test_observers_and_any_summary_inside(tmp_path: Path) -> None:
