@@ -22,8 +22,6 @@ IN_GRAPH = (
     "the hooks that a probe with optimizer= has around optimizer.step() cannot be in a graph: leave optimizer= out of "
     "Probe(...) and call p.step() after each step, or compile without fullgraph=True"
 )
-
-
 _SCALED_STEP = torch.amp.GradScaler.step.__code__
 
 

@@ -406,16 +406,19 @@ def _only_scaler() -> torch.amp.GradScaler | None:
 
 
 def is_within(module: nn.Module | None, root: nn.Module) -> bool:
+    """Whether a module is the root or a part of it."""
     return module is not None and any(each is module for each in select.modules(root))
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
+    """The model inside of DataParallel, torch.compile and the like."""
     while (attribute := select.wrapped_attribute(module)) is not None:
         module = getattr(module, attribute)
     return module
 
 
 def parameters_of(optimizer: Optimizer) -> set[int]:
+    """The ids of what it updates."""
     return {id(each) for group in optimizer.param_groups for each in group["params"]}
 
 

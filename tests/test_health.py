@@ -433,6 +433,21 @@ def test_a_scaler_that_overflows_is_no_finding() -> None:
     assert names(p.findings) == []
 
 
+def test_updates_too_small_for_the_weights_are_not_stuck_because_a_scaler_scales() -> None:
+    """What counts is the gradient without the scale."""
+    model = mlp()
+    optimizer, scaler = torch.optim.SGD(model.parameters(), 1e-5), torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    with Probe(model, optimizer=optimizer, scaler=scaler, observers=health.stuck_parameters()) as p:
+        for _ in range(4):
+            x, y = batch()
+            optimizer.zero_grad()
+            scaler.scale(1e-3 * F.cross_entropy(model(x), y)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert p.findings.steps == 4
+    assert names(p.findings) == []
+
+
 # -- layers ------------------------------------------------------------------------------------------------------------
 
 

@@ -82,6 +82,7 @@ class OpenStep:
         self._losses += 1
 
     def parameter(self, each: Parameter) -> ParameterRecord:
+        """The parameter's record, made where there is none yet."""
         found = self.record.parameters.get(each.name)
         if found is None:
             shape, once = tuple(each.tensor.shape), tuple(dict.fromkeys(each.groups))
@@ -112,6 +113,7 @@ class OpenPass:
         self._watched: list[tuple[CallRecord, torch.Tensor, int]] = []
 
     def of(self, call: Call, *, create: bool) -> CallRecord | None:
+        """The call's record; that of the last one measured for those after it."""
         key = (call.layer.name, min(call.index, CALLS - 1))
         found = self._calls.get(key)
         if found is None and create:
@@ -129,6 +131,7 @@ class OpenPass:
         return found[2], found[3]
 
     def remember(self, tensor: torch.Tensor, measured: Vitals, producer: str) -> None:
+        """Note what was measured of a tensor, and the layer that it came from, for `known`."""
         self._known[id(tensor)] = (weakref.ref(tensor), version(tensor), measured, producer)
 
     def watch(self, record: CallRecord, tensor: torch.Tensor) -> None:
@@ -136,6 +139,7 @@ class OpenPass:
         self._watched.append((record, tensor.detach(), version(tensor)))
 
     def close(self) -> None:
+        """Tell of the watched tensors which were overwritten."""
         for record, alias, before in self._watched:
             storage = storage_of(alias)
             if version(alias) != before and storage is not None and storage_users(storage) > 2:

@@ -160,6 +160,8 @@ class Doctor(Receiver):
         if ParameterKind.GRAD not in self._wanted:
             return
         step.has_gradients = True
+        scale = getattr(self._scene.scaler, "_scale", None)
+        step.record.scale = 1.0 if scale is None else scale.clone()
         grads = {each: each.tensor.grad for each in self._parameters.values() if each.tensor.grad is not None}
         with quiet():
             for each, grad, head in _heads_of(grads):

@@ -132,7 +132,7 @@ def _is_stuck(p: ParameterRecord, step: Step) -> bool:
     if not p.stepped or p.update is None or p.update.norm or p.grad is None or p.value is None:
         return False
     rate = min((step.rates.get(group, 0.0) for group in p.groups), default=0.0)
-    return rate * min(1.0, p.grad.rms) > 1e-5 * p.value.rms
+    return bool(rate * min(1.0, p.grad.rms / step.scale) > 1e-5 * p.value.rms)
 
 
 UNLISTED = Rule(

@@ -87,7 +87,7 @@ class ParameterRecord:
         first_norm: the L2 norm of its value in the first observed step.
         reached: whether it had a gradient other than zero in any step so far.
         value: before the step.
-        grad: as the last backward pass of the step left it; None: there is no gradient.
+        grad: as the last backward pass of the step left it, times `Step.scale`; None: there is no gradient.
         update: what the step added.
         facts: ``same`` and ``alike`` are the largest differences between rows of the weight and of its gradient,
             relative to the largest value (in the first steps only); ``unmoved`` the share of elements with a gradient
@@ -127,6 +127,7 @@ class Step:
         blind_passes: how many passes in training mode ran without a graph, one after the other.
         first_loss: the loss of the first step that had one.
         scaled: whether the probe has a GradScaler.
+        scale: its scale, which is in the parameters' gradients; 1 without.
         broken: whether NaN or Inf came out of a layer, or of the loss.
         poisoned: whether NaN or Inf is in a gradient, and no ``GradScaler`` skipped the update for it.
     """
@@ -140,6 +141,7 @@ class Step:
     blind_passes: int = 0
     first_loss: float | None = None
     scaled: bool = False
+    scale: Any = 1.0
     broken: bool = False
     poisoned: bool = False
 
@@ -158,7 +160,7 @@ class Fetch:
         vitals = {id(each): each for owner in owners for each in owner.vitals()}  # an input is often an output too
         self._vitals = list(vitals.values())
         self._dicts = [each.extra for each in self._vitals] + [owner.facts for owner in owners] + [step.rates]
-        values = [each.head for each in self._vitals] + [step.loss]
+        values = [each.head for each in self._vitals] + [step.loss, step.scale]
         self._copy = sketch.fetch([*values, *(value for each in self._dicts for value in each.values())])
 
     def result(self) -> Step:
@@ -167,6 +169,7 @@ class Fetch:
         for each in self._vitals:
             each.settle(next(values))
         self._step.loss = _number(next(values))
+        self._step.scale = _number(next(values))
         for found in self._dicts:
             found.update({key: _number(next(values)) for key in found})
         step = self._step
