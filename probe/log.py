@@ -6,6 +6,7 @@ import dataclasses
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -105,7 +106,7 @@ class Log(Receiver):
         self._parameters = parameters
         self._steps: dict[int, Tally] = {}
         self._lock = threading.Lock()
-        self._pool = Pool()
+        self._draw = partial(Pool().of, fixed=True)
         self._before: dict[int, torch.Tensor] = {}
 
     # -- activations ---------------------------------------------------------------------------------------------------
@@ -122,7 +123,7 @@ class Log(Receiver):
         stem = f"{layer.name or module_type.__name__}/{kind.label}"
 
         def deliver(call: Call, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-            with quiet(), drawing(self._pool.of):
+            with quiet(), drawing(self._draw):
                 for path, tensor in tensors:
                     own, part = ranks.part(tensor)
                     value = snapshot(own, call.info.fixed)

@@ -430,29 +430,35 @@ class Pool:
 
     Few tensors wait at a time (`WAITING`, of `ELEMENTS` elements together; larger ones are sketched at once), and none
     once a sketch of the pool is read, added to 15 others, fetched or merged. Any thread may use it.
+
+    Arguments:
+        histogram: as for `of`.
     """
 
     WAITING = 64
     ELEMENTS = 1 << 15
 
-    def __init__(self) -> None:
+    def __init__(self, *, histogram: bool = True) -> None:
+        self._histogram = histogram
         self._lock = threading.RLock()
         self._waiting: list[tuple[_Promise, Flat]] = []
         self._elements = 0
 
-    def of(self, tensor: Tensor) -> Sketch | None:
-        """As the function `of`; but the tensor must keep its values until the sketch is made: give it a snapshot."""
+    def of(self, tensor: Tensor, *, fixed: bool = False) -> Sketch | None:
+        """As the function `of`. A small tensor is copied, to be read later, unless its values are `fixed`."""
         with unseen():
             flat = flatten(tensor)
             if flat is None:
                 return None
             size = flat.values.numel()
             if not 0 < size <= layout.SMALL or not _may_wait(flat.values):
-                return Sketch(measure([flat], True)[0])
+                return Sketch(measure([flat], self._histogram)[0])
+            if not fixed:
+                flat = flat._replace(values=flat.values.clone())
             with self._lock:
                 if len(self._waiting) == self.WAITING or self._elements + size > self.ELEMENTS:
                     self.settle()
-                promise = _Promise(self, flat.values.device)
+                promise = _Promise(self, flat.values.device, ROW if self._histogram else HEAD)
                 self._waiting.append((promise, flat))
                 self._elements += size
             return Sketch._with([promise])
@@ -463,7 +469,7 @@ class Pool:
             for device in {promise.device for promise, _ in self._waiting}:
                 here = [each for each in self._waiting if each[0].device == device]
                 with _as_launched(device):
-                    rows = measure([flat for _, flat in here], True)
+                    rows = measure([flat for _, flat in here], self._histogram)
                 for (promise, _), row in zip(here, rows, strict=True):
                     promise.made = row
             self._waiting, self._elements = [], 0
@@ -472,15 +478,16 @@ class Pool:
 class _Promise:
     """The row that a pool will make."""
 
-    __slots__ = ("_pool", "device", "made")
+    __slots__ = ("_length", "_pool", "device", "made")
 
-    def __init__(self, pool: Pool, device: torch.device) -> None:
+    def __init__(self, pool: Pool, device: torch.device, length: int) -> None:
         self._pool = pool
+        self._length = length
         self.device = device
         self.made: Tensor | None = None
 
     def __len__(self) -> int:
-        return ROW
+        return self._length
 
     def row(self) -> Tensor:
         if self.made is None:

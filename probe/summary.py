@@ -40,7 +40,7 @@ def drawn(capture: Capture) -> Sketch | None:
 
 @contextlib.contextmanager
 def drawing(make: Callable[[torch.Tensor], Sketch | None]) -> Iterator[None]:
-    """Inside, this thread's `drawn` sketches by `make`."""
+    """Inside, this thread's `drawn` sketches by `make`, which gets values that nobody writes to."""
     before, _drawn.make = _drawn.make, make
     try:
         yield

@@ -280,6 +280,23 @@ def test_a_pool_reads_small_tensors_together_and_lets_few_wait(monkeypatch: pyte
     assert sizes[4:] == [pool.ELEMENTS // layout.SMALL]
 
 
+def test_a_pool_reads_what_a_tensor_held_when_it_came() -> None:
+    """Whatever is written to it before the sketch is made, unless it was promised to stay."""
+    pool, x = sketch.Pool(), torch.ones(2, 3)
+    copied, promised = pool.of(x), pool.of(x, fixed=True)
+    x.mul_(5)
+    assert copied is not None
+    assert promised is not None
+    assert (copied.mean, promised.mean) == (1.0, 5.0)
+
+
+def test_a_pool_without_histograms() -> None:
+    """Its sketches are those of ``histogram=False``."""
+    found = sketch.Pool(histogram=False).of(torch.tensor([3.0, 4.0]))
+    assert found is not None
+    assert (found.norm, found.binned, len((found + made(torch.ones(2))).row)) == (5.0, False, sketch.HEAD)
+
+
 def test_a_pool_serves_several_threads() -> None:
     """Who reads makes the sketches of all; nobody meets one that is half made."""
     pool, wrong = sketch.Pool(), []

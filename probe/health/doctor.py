@@ -56,6 +56,7 @@ class Doctor(Receiver):
         self._last_backward = -1
         self._before: dict[int, torch.Tensor] = {}
         self._lock = threading.Lock()
+        self._pool = sketch.Pool(histogram=False)
 
     # -- activations and their gradients -------------------------------------------------------------------------------
 
@@ -115,7 +116,8 @@ class Doctor(Receiver):
                 measured: Vitals | None = known[0]
                 record.fed_by += (known[1],) if known[1] else ()
             else:
-                measured = vitals.of(tensor, {**vitals.spread(tensor), **vitals.alive(tensor, modules.is_1d(module))})
+                extra = {**vitals.spread(tensor), **vitals.alive(tensor, modules.is_1d(module))}
+                measured = vitals.of(tensor, extra, self._pool)
                 if measured is not None:
                     pass_.remember(tensor, measured, "")
             _put(record.inputs, path, measured)
@@ -129,7 +131,8 @@ class Doctor(Receiver):
             if known is not None:
                 measured: Vitals | None = known[0]
             else:
-                measured = vitals.of(tensor, {**vitals.spread(tensor), **vitals.alive(tensor, modules.is_1d(module))})
+                extra = {**vitals.spread(tensor), **vitals.alive(tensor, modules.is_1d(module))}
+                measured = vitals.of(tensor, extra, self._pool)
             _put(record.outputs, path, measured)
             if measured is not None and record.layer:
                 pass_.remember(tensor, measured, record.layer)
@@ -140,7 +143,7 @@ class Doctor(Receiver):
     def _gradient(self, pass_: OpenPass, record: CallRecord, kind: Kind, call: Call, tensors: Any) -> None:
         for path, tensor in tensors:
             place = record.grad_outputs if kind is Kind.GRAD_OUTPUT else record.grad_inputs
-            _put(place, path, vitals.of(tensor, vitals.subnormal(tensor)))
+            _put(place, path, vitals.of(tensor, vitals.subnormal(tensor), self._pool))
 
     def _begin_backward(self, info: PassInfo) -> None:
         """Note the loss, and have the parameters' gradients read when the backward pass is over."""

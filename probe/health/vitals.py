@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from probe import sketch
-from probe.sketch import Sketch
+from probe.sketch import Pool, Sketch
 from probe.tree import is_fake
 
 COMPARED = 4  # samples of a batch that are compared with each other
@@ -60,12 +59,12 @@ class Vitals:
         return self.extra.get(name)
 
 
-def of(tensor: torch.Tensor, extra: Mapping[str, Any] | None = None) -> Vitals | None:
-    """Measure one tensor; None where there are no numbers to read."""
-    head = sketch.of(tensor, histogram=False)
+def of(tensor: torch.Tensor, extra: Mapping[str, Any], pool: Pool) -> Vitals | None:
+    """Measure one tensor, small ones together with others of the pool; None where there are no numbers to read."""
+    head = pool.of(tensor)
     if head is None:
         return None
-    return Vitals(head, tensor.dtype, () if tensor.is_nested else tuple(tensor.shape), dict(extra or {}))
+    return Vitals(head, tensor.dtype, () if tensor.is_nested else tuple(tensor.shape), dict(extra))
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
