@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from benchmarks.timing import Ratio, environment, machine
+from benchmarks.timing import Ratio, environment, machine, steady
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ def start(options: argparse.Namespace) -> None:
         raise SystemExit("--device cuda: torch sees no GPU; there is --device cpu")
     if options.out is not None and not options.out.parent.is_dir():
         raise SystemExit(f"--out {options.out}: there is no folder {options.out.parent}")
-    torch.set_num_threads(options.threads)
+    steady(options.threads)
     if options.device == "cpu":
         _bound_memory()
     quiet()

@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from benchmarks.apart import version
 from benchmarks.command import positive
 from benchmarks.libraries import wandb_watch
-from benchmarks.timing import compare, machine
+from benchmarks.timing import compare, machine, steady
 from benchmarks.work import Work, prepare
 from probe import Board, Kind, ParameterKind, Probe, histogram, stats
 
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--threads", type=positive, default=1)
     options = parser.parse_args()
     batch = options.batch or (1 if options.quick else 8)
-    torch.set_num_threads(options.threads)
+    steady(options.threads)
     print(f"{machine()}; batch {batch}")
     with tempfile.TemporaryDirectory() as folder:
         observed(folder, batch, options.size, 1 if options.quick else 10)

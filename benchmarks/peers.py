@@ -21,7 +21,7 @@ import torch
 from benchmarks import apart, command, libraries
 from benchmarks.command import Results, progress
 from benchmarks.libraries import Adapter
-from benchmarks.timing import compare
+from benchmarks.timing import compare, steady
 from benchmarks.work import prepare
 
 
@@ -151,7 +151,7 @@ def _add(found: Results, name: str, work: str, model: str, row: dict[str, Any]) 
 
 def worker(order: dict[str, Any]) -> None:
     """Measure one library."""
-    torch.set_num_threads(order["threads"])
+    steady(order["threads"])
     command.quiet()
     device, quick = order["device"], order["quick"]
     apart.answer(lambda task: measure(_peer(*task[:2]), task[2], device, quick), order["tasks"])

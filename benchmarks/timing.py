@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import platform
 import shutil
@@ -34,6 +36,22 @@ class Ratio(NamedTuple):
     def __str__(self) -> str:
         spread = f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f}, {self.pairs} pairs)"
         return spread if self.differs else f"{spread}, no difference beyond the noise"
+
+
+def steady(threads: int) -> None:
+    """Have the time of a run depend on nothing that ran before it: the threads of the CPU, and where memory comes from.
+
+    glibc hands freed memory back to the kernel, or keeps it, by the sizes of what the process ever freed. A step that
+    holds its outputs then pays for fresh pages or does not: a quarter of resnet18's forward, by chance.
+    """
+    torch.set_num_threads(threads)
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(_MMAP_MAX, 0)
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of malloc.h
 
 
 def compare(work: Callable[[], object], base: Callable[[], object], *, seconds: float = 3.0, least: int = 15) -> Ratio:
