@@ -3,8 +3,8 @@
 An observed step of resnet18 in training, on which ``stats`` and ``histogram`` of all leaf outputs, their gradients, all
 parameters and all their gradients go into TensorBoard, against the same by hand: hooks, ``SummaryWriter.add_histogram``
 and ``.item()``; and where it is installed against ``wandb.watch(log="all")``, which sees parameters and their gradients
-alone. And a training run that logs every 100th step (every 20th with ``--quick``), against a bare one. Costs are the
-time beyond the bare step, by interleaved pairs.
+alone. And steps of which every 100th is observed, against bare ones: 99 of one that is not, and one that is. Costs are
+the time beyond the bare step, by interleaved pairs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from benchmarks.apart import version
 from benchmarks.command import positive
 from benchmarks.libraries import wandb_watch
-from benchmarks.timing import compare, machine, steady
+from benchmarks.timing import Ratio, compare, machine, steady
 from benchmarks.work import Work, prepare
 from probe import Board, Kind, ParameterKind, Probe, histogram, stats
 
@@ -69,7 +69,7 @@ def main() -> None:
     print(f"{machine()}; batch {batch}")
     with tempfile.TemporaryDirectory() as folder:
         observed(folder, batch, options.size, 1 if options.quick else 10)
-        every(folder, batch, options.size, *((20, 1) if options.quick else (100, 120)))
+        every(folder, batch, options.size, 3 if options.quick else 30)
 
 
 def observed(folder: str, batch: int, size: int, seconds: float) -> None:
@@ -104,18 +104,30 @@ def observed(folder: str, batch: int, size: int, seconds: float) -> None:
     print(f"observed step, cost of wandb.watch / cost by probe, writing included: {theirs.beyond / whole.beyond:.1f}")
 
 
-def every(folder: str, batch: int, size: int, steps: int, seconds: float) -> None:
-    """So many steps, one of them observed, against as many bare ones."""
+def every(folder: str, batch: int, size: int, seconds: float) -> None:
+    """What a step costs on the average where every 100th is observed: the others' ratio, and an observed one's."""
     bare, probed = _training(batch, size), _training(batch, size)
-
-    def run(work: Work) -> None:
-        for _ in range(steps):
-            work.step()
-
+    with Board(f"{folder}/others") as board, Probe(probed.model, optimizer=probed.optimizer) as p:
+        p.log(board, stats, histogram, every=10**9)
+        probed.step()  # step 0 is observed
+        board.flush()
+        others = compare(probed.step, bare.step, seconds=2 * seconds)
     with Board(f"{folder}/every") as board, Probe(probed.model, optimizer=probed.optimizer) as p:
-        p.log(board, stats, histogram, every=steps)
-        ratio = compare(lambda: run(probed), lambda: run(bare), seconds=seconds, least=3)
-    print(f"{steps} steps, one of them observed / bare: {ratio}")
+        p.log(board, stats, histogram)
+
+        def written() -> None:
+            probed.step()
+            board.flush()
+
+        one = compare(written, bare.step, seconds=seconds)
+    print(f"an observed step, updates included, and its writing / bare: {one}")
+    print(f"a step that is not observed / bare: {others}")
+    low, mean, high = ((99 * u + o) / 100 for u, o in zip(_quartiles(others), _quartiles(one), strict=True))
+    print(f"steps of which every 100th is observed / bare: {mean:.3f} ({low:.3f} to {high:.3f})")
+
+
+def _quartiles(ratio: Ratio) -> tuple[float, float, float]:
+    return ratio.low, ratio.median, ratio.high
 
 
 def _training(batch: int, size: int) -> Work:

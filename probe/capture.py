@@ -116,10 +116,12 @@ class Statistics:
             place and a step is added up, so that the numbers of micro-batches are those of the batch.
         names: of ``"mean", "std", "min", "max", "norm", "rms", "sum", "count", "zeros", "nan", "inf"``; zeros is a
             share (0 to 1), nan and inf are counts.
+        tag: begins the name of each curve, where it is not empty.
     """
 
     value: Any
     names: tuple[str, ...] = ("mean", "std", "min", "max", "norm", "zeros", "nan", "inf")
+    tag: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

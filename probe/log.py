@@ -13,7 +13,7 @@ import torch
 
 from probe import merge, ranks
 from probe.calls import Call, Receiver
-from probe.capture import Capture, Embedding, Histogram, Image, Kind, Layer, ParameterKind, Scalar, Summary
+from probe.capture import Capture, Embedding, Histogram, Image, Kind, Layer, ParameterKind, Scalar, Statistics, Summary
 from probe.hooks import after_backward
 from probe.observers import Joint, quiet, tensor_taker
 from probe.ranks import Addend, Norm, Part
@@ -423,6 +423,9 @@ def _write_plainly(writer: Any, step: int, by_mode: dict[str, list[Any]], of_ran
             match item:
                 case Scalar():
                     writer.add_scalar(prefix + item.tag, item.value, step)
+                case Statistics():
+                    for name, number in zip(item.names, item.value.numbers(item.names), strict=True):
+                        writer.add_scalar(f"{prefix}{item.tag}/{name}", number, step)
                 case Histogram():
                     _histogram(writer, prefix + item.tag, item.value, step)
                 case Image():

@@ -87,6 +87,22 @@ class Buckets(NamedTuple):
     counts: list[int]
 
 
+class _Reading(NamedTuple):
+    """The header of a row: counts, the extremes, and the shift with the sums about it."""
+
+    size: int
+    zeros: int
+    nan: int
+    posinf: int
+    neginf: int
+    finite: int
+    high: float
+    low: float
+    shift: float
+    total: float
+    squares: float
+
+
 class Sketch:
     """Counts, moments and a histogram of one tensor, or of several after ``a + b``.
 
@@ -106,9 +122,11 @@ class Sketch:
     @property
     def row(self) -> Tensor:
         """int64 ``[ROW]``, or ``[HEAD]`` without a histogram, on the sketch's device: see the module's docstring."""
+        row = self._terms[0]
+        if len(self._terms) == 1 and isinstance(row, Tensor):
+            return row
         _settle([self])
-        (row,) = self._rows()
-        return row
+        return self._rows()[0]
 
     def _rows(self) -> list[Tensor]:
         """The terms, the promised ones too."""
@@ -137,72 +155,68 @@ class Sketch:
         return self.row.cpu().numpy()
 
     @cached_property
-    def _head(self) -> list[int]:
-        return self._words[:HEAD].tolist()  # type: ignore[no-any-return]
-
-    @cached_property
-    def _floats(self) -> tuple[float, float, float, float, float]:
-        """Maximum, minimum, shift, sum and sum of squares about the shift."""
-        high, low, *rest = self._head[layout.MAX :]
-        high, low, shift, total, squares = struct.unpack("5d", struct.pack("5q", unkeys(high), unkeys(low), *rest))
-        return high + 0.0, 0.0 - low, shift, total, squares  # never -0.0
+    def _read(self) -> _Reading:
+        size, zeros, nan, posinf, neginf, high, low, *rest = self._words[:HEAD].tolist()
+        high, low, *sums = struct.unpack("5d", struct.pack("5q", unkeys(high), unkeys(low), *rest))
+        finite = size - nan - posinf - neginf
+        return _Reading(size, zeros, nan, posinf, neginf, finite, high + 0.0, 0.0 - low, *sums)  # never -0.0
 
     @property
     def count(self) -> int:
         """Number of elements, NaN and Inf included."""
-        return self._head[layout.COUNT]
+        return self._read.size
 
     @property
     def zeros(self) -> int:
         """Number of elements that are exactly 0 or -0."""
-        return self._head[layout.ZEROS]
+        return self._read.zeros
 
     @property
     def nan(self) -> int:
         """Number of NaN."""
-        return self._head[layout.NAN]
+        return self._read.nan
 
     @property
     def posinf(self) -> int:
         """Number of +Inf."""
-        return self._head[layout.POSINF]
+        return self._read.posinf
 
     @property
     def neginf(self) -> int:
         """Number of -Inf."""
-        return self._head[layout.NEGINF]
+        return self._read.neginf
 
-    @cached_property
+    @property
     def finite(self) -> int:
         """Number of elements that are neither NaN nor Inf: those that the moments and the histogram are about."""
-        return self.count - self.nan - self.posinf - self.neginf
+        return self._read.finite
 
     @property
     def sum(self) -> float:
         """Sum of the finite values; 0 when there is none."""
-        _, _, shift, total, _ = self._floats
-        return total + self.finite * shift
+        read = self._read
+        return read.total + read.finite * read.shift
 
     @property
     def sum_squares(self) -> float:
         """Sum of the squares of the finite values; 0 when there is none."""
-        _, _, shift, total, squares = self._floats
-        return max(0.0, squares + shift * (2 * total + self.finite * shift))
+        read = self._read
+        return max(0.0, read.squares + read.shift * (2 * read.total + read.finite * read.shift))
 
     @property
     def mean(self) -> float:
         """Mean of the finite values; NaN when there is none."""
-        _, _, shift, total, _ = self._floats
-        return shift + total / self.finite if self.finite else math.nan
+        read = self._read
+        return read.shift + read.total / read.finite if read.finite else math.nan
 
     @property
     def std(self) -> float:
         """Standard deviation of the finite values, the population's (over n, not n - 1); NaN when there is none."""
-        _, _, _, total, squares = self._floats
-        n = self.finite
-        if not n or not math.isfinite(squares):
+        read = self._read
+        n = read.finite
+        if not n or not math.isfinite(read.squares):
             return math.inf if n else math.nan
-        return math.sqrt(max(0.0, squares / n - (total / n) * (total / n)))
+        return math.sqrt(max(0.0, read.squares / n - (read.total / n) * (read.total / n)))
 
     @property
     def rms(self) -> float:
@@ -217,12 +231,12 @@ class Sketch:
     @property
     def min(self) -> float:
         """The smallest finite value, exact (as a float64); NaN when there is none."""
-        return self._floats[1] if self.finite else math.nan
+        return self._read.low if self._read.finite else math.nan
 
     @property
     def max(self) -> float:
         """The largest finite value, exact (as a float64); NaN when there is none."""
-        return self._floats[0] if self.finite else math.nan
+        return self._read.high if self._read.finite else math.nan
 
     def numbers(self, names: Iterable[str]) -> list[float]:
         """Several of its numbers, as floats.
@@ -356,8 +370,8 @@ def _settle(sketches: Iterable[Sketch]) -> None:
     """Fold the terms of each sketch into one row, of as many sketches as possible at once."""
     groups: dict[tuple[Any, ...], list[Sketch]] = {}
     for sketch in sketches:
+        sketch._terms = [*sketch._rows()]
         if len(sketch._terms) > 1:
-            sketch._terms = [*sketch._rows()]
             key = sketch.device, len(sketch._terms), len(sketch._terms[0])
             groups.setdefault(key, []).append(sketch)
     for group in groups.values():

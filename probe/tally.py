@@ -40,7 +40,9 @@ class Tally:
         Raises:
             TypeError, ValueError: it can't be shown.
         """
-        tag = ", ".join(item.names) if isinstance(item, Statistics) else getattr(item, "tag", "")
+        tag = getattr(item, "tag", "")
+        if isinstance(item, Statistics):
+            tag = "/".join(filter(None, (tag, ", ".join(item.names))))
         key = (mode, f"{prefix}/{tag}")
         if part is not Part.OWN:
             self.parts[key] = part
@@ -102,8 +104,7 @@ class Tally:
             here = {key: next(host) for key in drawn}
             for (mode, tag), (each, names) in self.statistics.items():
                 stem = tag.rpartition("/")[0]
-                numbers = zip(names, here[id(each)].numbers(names), strict=True)
-                found.setdefault(mode, []).extend(Scalar(f"{stem}/{name}", number) for name, number in numbers)
+                found.setdefault(mode, []).append(Statistics(here[id(each)], names, stem))
             for (mode, tag), each in self.histograms.items():
                 found.setdefault(mode, []).append(Histogram(tag, here[id(each)]))
             for mode, picture in pictures:

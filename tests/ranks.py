@@ -27,7 +27,20 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from probe import Board, Capture, Image, Kind, ParameterKind, Probe, Scalar, health, histogram, sketch, stats
+from probe import (
+    Board,
+    Capture,
+    Image,
+    Kind,
+    ParameterKind,
+    Probe,
+    Scalar,
+    Statistics,
+    health,
+    histogram,
+    sketch,
+    stats,
+)
 from probe.hooks import Hook
 from probe.sketch import Sketch
 
@@ -44,10 +57,13 @@ class Kept:
         """What tells a writer."""
 
     def submit(self, step: int, work: Callable[[], Any], run: str = "") -> None:
+        kept = self.runs.setdefault(run, {}).setdefault(step, {})
         for item in work():
-            value = float(item.value) if isinstance(item, Scalar) else item.value
-            assert item.tag not in self.runs.setdefault(run, {}).setdefault(step, {})
-            self.runs[run][step][item.tag] = value
+            values = {item.tag: float(item.value) if isinstance(item, Scalar) else item.value}
+            if isinstance(item, Statistics):
+                values = {f"{item.tag}/{name}": item.value.numbers([name])[0] for name in item.names}
+            assert not kept.keys() & values.keys()
+            kept |= values
 
     def __getitem__(self, tag: str) -> Any:
         """What the training run's first step has for a tag."""

@@ -533,12 +533,13 @@ def test_text_tensors_charts_and_meshes_pass_through(tmp_path, board):
 def test_write_makes_one_event_of_all_items(tmp_path, board):
     items = [Scalar("s", torch.tensor(2.0)), Histogram("h", torch.arange(4.0)), Image("i", torch.rand(3, 4, 4))]
     items += [Image("grey", torch.rand(4, 4)), Image("batch", torch.rand(2, 1, 4, 4)), Histogram("n", [math.nan])]
-    items += [Statistics(torch.arange(4.0), ("mean", "count"))]
+    items += [Statistics(torch.arange(4.0), ("mean", "count"), "a")]
     board.write(7, items, wall_time=12.5)
     board.flush()
     (event,) = events(tmp_path)
     assert (event.step, event.wall_time) == (7, 12.5)
-    assert [value.tag for value in event.summary.value] == ["s", "h", "i", "grey", "batch", "n/nan", "mean", "count"]
+    tags = ["s", "h", "i", "grey", "batch", "n/nan", "a/mean", "a/count"]
+    assert [value.tag for value in event.summary.value] == tags
     assert [value.simple_value for value in event.summary.value[-2:]] == [1.5, 4]
     assert pixels(tmp_path, "batch").shape == (4, 8, 3)
 
