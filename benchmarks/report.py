@@ -370,7 +370,7 @@ def _whiskers(runs: list[Kept]) -> str:
             if row["against"] == "bare" and "ratio" in row:
                 label = row["arm"] + (f", every {row['every']}" if row["every"] else "")
                 labels.setdefault(label, []).append((number, row["ratio"]))
-    left, width, step = 160, 480, 9 * len(runs) + 8
+    left, width, step = 190, 480, 9 * len(runs) + 8
     most = max(ratio["high"] for rows in labels.values() for _, ratio in rows)
     ticks = [tick for tick in (1, 1.5, 2, 3, 5, 10, 20, 50, 100) if tick <= 1.2 * most]
 
