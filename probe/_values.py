@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from probe import image, sketch
 from probe.capture import Histogram, Image, Scalar, Shown, Statistics, nothing_to_show
+from probe.summary import curves
 
 Values = list["Summary.Value"]
 
@@ -34,7 +35,7 @@ def shown(items: Iterable[Shown], seen: MutableSet[str]) -> Values:
             case Scalar():
                 values += scalar(item.tag, item.value)
             case Statistics():
-                values += [Summary.Value(tag=tag, simple_value=number) for tag, number in statistics(item)]
+                values += [Summary.Value(tag=tag, simple_value=number) for tag, number in curves(item)]
             case Histogram():
                 values += histogram(item.tag, item.value, seen)
             case Image():
@@ -42,15 +43,6 @@ def shown(items: Iterable[Shown], seen: MutableSet[str]) -> Values:
             case _:
                 raise nothing_to_show(type(item).__name__)
     return values
-
-
-def statistics(item: Statistics) -> list[tuple[str, float]]:
-    """The numbers and the tags of their curves; nothing for a tensor without data."""
-    drawn = item.value if isinstance(item.value, sketch.Sketch) else sketch.of(item.value)
-    if drawn is None:
-        return []
-    stem = f"{item.tag}/" if item.tag else ""
-    return [(stem + name, number) for name, number in zip(item.names, drawn.numbers(item.names), strict=True)]
 
 
 def scalar(tag: str, value: Any) -> Values:

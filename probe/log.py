@@ -18,7 +18,7 @@ from probe.hooks import after_backward
 from probe.observers import Joint, quiet, tensor_taker
 from probe.ranks import Addend, Norm, Part
 from probe.sketch import Pool, Sketch
-from probe.summary import draw_all, drawing, forget_drawn
+from probe.summary import curves, draw_all, drawing, forget_drawn
 from probe.tally import Tally, described
 from probe.tree import snapshot
 
@@ -424,8 +424,8 @@ def _write_plainly(writer: Any, step: int, by_mode: dict[str, list[Any]], of_ran
                 case Scalar():
                     writer.add_scalar(prefix + item.tag, item.value, step)
                 case Statistics():
-                    for name, number in zip(item.names, item.value.numbers(item.names), strict=True):
-                        writer.add_scalar(f"{prefix}{item.tag}/{name}", number, step)
+                    for tag, number in curves(item):
+                        writer.add_scalar(prefix + tag, number, step)
                 case Histogram():
                     _histogram(writer, prefix + item.tag, item.value, step)
                 case Image():

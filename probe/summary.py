@@ -67,6 +67,15 @@ def stats(c: Capture) -> Iterator[Shown]:
         yield Statistics(found)
 
 
+def curves(item: Statistics) -> list[tuple[str, float]]:
+    """The tags and the numbers of its curves; nothing for a tensor without data."""
+    drawn = item.value if isinstance(item.value, sketch.Sketch) else sketch.of(item.value)
+    if drawn is None:
+        return []
+    stem = f"{item.tag}/" if item.tag else ""
+    return [(stem + name, number) for name, number in zip(item.names, drawn.numbers(item.names), strict=True)]
+
+
 def histogram(c: Capture) -> Iterator[Shown]:
     """The distribution of the finite values of any capture."""
     found = drawn(c)

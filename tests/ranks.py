@@ -655,6 +655,17 @@ def check_a_rank_that_raises_at_the_very_end_is_an_error_on_all_ranks(folder: Pa
     assert time.monotonic() - began < SECONDS / 4
 
 
+def warned_of(model: nn.Module, kept: Kept, fragile: Callable[[Capture], Any], steps: int) -> list[str]:
+    """The warnings that name the summary `fragile`, of some logged steps that go on without it."""
+    with Probe(model, kinds=Kind.OUTPUT) as p, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        p.log(kept, stats, fragile, on_error="warn")
+        for _ in range(steps):
+            model(mine(batches()))
+            p.step()
+    return [text for each in told if "fragile" in (text := str(each.message))]
+
+
 def check_a_summary_dropped_on_one_rank_is_dropped_on_all(folder: Path) -> None:
     """``on_error="warn"`` goes on: the step of the error is not logged, and those after it without the summary."""
     rank, model, kept = dist.get_rank(), net(), Kept()
@@ -664,13 +675,7 @@ def check_a_summary_dropped_on_one_rank_is_dropped_on_all(folder: Path) -> None:
             raise ZeroDivisionError("mine")
         yield Scalar("number", 7)
 
-    with Probe(model, kinds=Kind.OUTPUT) as p, warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        p.log(kept, stats, fragile, on_error="warn")
-        for _ in range(4):
-            model(mine(batches()))
-            p.step()
-    texts = [str(each.message) for each in told if "fragile" in str(each.message)]
+    texts = warned_of(model, kept, fragile, steps=4)
     assert len(texts) == 1 + rank
     assert re.search(r"step 1 is not logged: .*on rank 1 raised ZeroDiv.*'2', output; it is not asked again", texts[-1])
     if rank == 0:
@@ -687,13 +692,7 @@ def check_a_summary_dropped_on_all_ranks_costs_no_step(folder: Path) -> None:
         raise ZeroDivisionError("everybody's")
 
     model, kept = net(), Kept()
-    with Probe(model, kinds=Kind.OUTPUT) as p, warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        p.log(kept, stats, fragile, on_error="warn")
-        for _ in range(2):
-            model(mine(batches()))
-            p.step()
-    assert len([each for each in told if "fragile" in str(each.message)]) == 1
+    assert len(warned_of(model, kept, fragile, steps=2)) == 1
     assert dist.get_rank() or [*kept.runs[""]] == [0, 1]
 
 

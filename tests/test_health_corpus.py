@@ -6,7 +6,6 @@ import functools
 from pathlib import Path
 
 import pytest
-import torch
 
 from probe import health
 from tests import corpus
@@ -26,15 +25,6 @@ def case(number: int) -> corpus.Case:
     found = corpus.sabotaged(0)[number]
     found.run(whole=False)
     return found
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> object:
-    """Tensors this small are only slowed down by more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("label", SOUND)
