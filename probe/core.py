@@ -37,6 +37,7 @@ from probe.session import Session
 
 if TYPE_CHECKING:  # imported where they are used: they need NumPy, and ``import probe`` is to be quick
     from probe import schedule
+    from probe.cache import StepCache
     from probe.table import LayerTable
 
 
@@ -138,7 +139,7 @@ class Probe:
         for layer in self._layers:
             self._session.taps[layer] = Tap(layer, self._session)
         self._joint: list[Receiver] = []
-        self._add_joint(observers, self._scene(self._layers))
+        self._add_joint(observers, self._layers)
 
     # -- attach and detach ---------------------------------------------------------------------------------------------
 
@@ -451,6 +452,7 @@ class Probe:
                 every=every,
                 layers=chosen,
                 parameters=Parameters(self._every, owners, self._optimizers),
+                cache=self._cache,
                 on_error=on_error,
                 recorder=self._recorder,
                 scaler=self._scaler,
@@ -463,7 +465,7 @@ class Probe:
             self._tap(layer)
         if self._asked_keep is None:
             self._store.keep = self._reading.keep = 0
-        added += self._add_joint(summaries, self._scene(chosen, every_n=every, writer=None if silent else writer))
+        added += self._add_joint(summaries, chosen, every_n=every, writer=None if silent else writer)
         if hasattr(writer, "before_close"):
             for each in added:
                 writer.before_close(functools.partial(_last_call, weakref.ref(self._session), weakref.ref(each)))
@@ -483,14 +485,22 @@ class Probe:
 
         return Edit(undo)
 
-    def _scene(self, layers: list[Layer], **options: Any) -> Scene:
-        return Scene(self._every, layers, self._kinds, self._optimizers, self._scaler, **options)
+    @functools.cached_property
+    def _cache(self) -> StepCache:
+        from probe.cache import StepCache
 
-    def _add_joint(self, observers: Iterable[Any], scene: Scene) -> list[Receiver]:
+        cache = StepCache()
+        self._session.receivers.append(cache)
+        return cache
+
+    def _add_joint(self, observers: Iterable[Any], layers: list[Layer], **options: Any) -> list[Receiver]:
         """Give the observers that work together their receivers, and the root for these to hook."""
-        added = joint(observers, scene)
-        if added:
-            self._tap(self._every[0])
+        together = [each for each in observers if isinstance(each, Joint)]
+        if not together:
+            return []
+        scene = Scene(self._every, layers, self._kinds, self._cache, self._optimizers, self._scaler, **options)
+        added = joint(together, scene)
+        self._tap(self._every[0])
         self._session.receivers += added
         self._joint += added
         return added

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from probe import merge, ranks
-from probe.calls import Call, Receiver
+from probe.cache import StepCache
+from probe.calls import Call, Pass, Receiver
 from probe.capture import Capture, Embedding, Histogram, Image, Kind, Layer, ParameterKind, Scalar, Statistics, Summary
 from probe.hooks import after_backward
 from probe.observers import Joint, quiet, tensor_taker
 from probe.ranks import Addend, Norm, Part
-from probe.sketch import Pool, Sketch
+from probe.sketch import Sketch
 from probe.summary import curves, draw_all, drawing, forget_drawn
 from probe.tally import Tally, described
 from probe.tree import snapshot
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 
 Late = tuple[Capture, list[Summary], str, str, Addend]
 """An addend, and what is to be done with the sum: the arguments of `Log._summarise`."""
+
+
+OfParameter = tuple[torch.Tensor, Capture, Part | Addend]
+"""A parameter, its gradient or its update, as it is and as it is captured, and what this rank has of it."""
 
 
 class Parameters:
@@ -67,6 +72,7 @@ class Log(Receiver):
         on_error: ``"raise"``, or ``"warn"``: a summary that raises is named once and not asked again.
         recorder: of the optimizers' rates; None where there are none.
         scaler: the GradScaler in whose units gradients are before the optimizer's step.
+        cache: shared by the receivers of the probe.
         told: shared by the logs of one writer: for each optimizer the last step whose rates were written.
         per_rank: write what this rank saw, as a run of its own.
     """
@@ -79,6 +85,7 @@ class Log(Receiver):
         every: int,
         layers: Sequence[Layer],
         parameters: Parameters,
+        cache: StepCache,
         on_error: str,
         recorder: Recorder | None = None,
         scaler: Any = None,
@@ -106,7 +113,8 @@ class Log(Receiver):
         self._parameters = parameters
         self._steps: dict[int, Tally] = {}
         self._lock = threading.Lock()
-        self._draw = partial(Pool().of, fixed=True)
+        self._cache = cache
+        self._draws = False  # whether a summary has asked for the sketch of an activation
         self._before: dict[int, torch.Tensor] = {}
 
     # -- activations ---------------------------------------------------------------------------------------------------
@@ -123,7 +131,7 @@ class Log(Receiver):
         stem = f"{layer.name or module_type.__name__}/{kind.label}"
 
         def deliver(call: Call, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-            with quiet(), drawing(self._draw):
+            with quiet():
                 for path, tensor in tensors:
                     own, part = ranks.part(tensor)
                     value = snapshot(own, call.info.fixed)
@@ -131,7 +139,8 @@ class Log(Receiver):
                         step, number = call.info.step, call.index
                         capture = Capture(layer.name, kind, value, step, number, path, module_type)
                         suffix = f"{path}{f'#{number}' if number else ''}"
-                        self._summarise(capture, summaries, stem + suffix, call.info.mode, part)
+                        with drawing(partial(self._sketch, own, value)):
+                            self._summarise(capture, summaries, stem + suffix, call.info.mode, part)
 
         take = tensor_taker(kind, deliver)
         if kind in Kind.INPUT | Kind.OUTPUT or self._recorder is None or not self._wanted.get(ParameterKind.GRAD):
@@ -144,6 +153,17 @@ class Log(Receiver):
             take(call, path, gradient, backward)
 
         return take_gradient
+
+    def begin(self, pass_: Pass) -> None:
+        """Have those who want less of a sketch make it so that it is found here."""
+        self._cache.binned = self._cache.binned or (self._draws and self.active(pass_.info.step))
+
+    def _sketch(self, source: torch.Tensor, copy: torch.Tensor, value: torch.Tensor) -> Sketch | None:
+        """The sketch of a value that nobody writes to: of what was captured of `source`, or made from that."""
+        self._draws = True
+        if value is copy:
+            return self._cache.sketch(source, copy, histogram=True)
+        return self._cache.fresh(value, fixed=True, histogram=True)
 
     def _summarise(
         self, capture: Capture, summaries: list[Summary], prefix: str, mode: str, part: Part | Addend
@@ -188,16 +208,15 @@ class Log(Receiver):
         with quiet():
             gradients = self._gradients(optimizer)
             self._norms(optimizer, step, [*gradients.values()])
-            captures: list[tuple[Capture, Part | Addend]] = []
+            shown: list[OfParameter] = []
             for key, (_, parameter, _, _) in self._of(optimizer):
                 if self._wanted.get(ParameterKind.VALUE):
-                    captures.append(self._capture(key, ParameterKind.VALUE, parameter, step))
+                    shown.append(self._shown(key, ParameterKind.VALUE, parameter, step))
                 if key in gradients:
-                    captures.append(self._capture(key, ParameterKind.GRAD, gradients[key], step))
+                    shown.append(self._shown(key, ParameterKind.GRAD, gradients[key], step))
                 if self._wanted.get(ParameterKind.UPDATE):
-                    # a clone, not copy-on-write: the parameter's own memory must stay where it is
-                    self._before[key] = ranks.part(parameter.detach())[0].clone()
-            self._show(captures)
+                    self._before[key] = self._cache.copy(parameter)
+            self._show(shown)
 
     def after_step(self, optimizer: Any, step: int) -> None:
         """Show the rates that the update used, and what it added to the parameters."""
@@ -212,19 +231,21 @@ class Log(Receiver):
                 scale = getattr(self._scaler, "_scale", None)  # that of this update: `scaler.update()` comes later
                 if scale is not None:
                     self._add(step, "grad_scaler", Scalar("scale", scale.clone()))
-            captures: list[tuple[Capture, Part | Addend]] = []
+            shown: list[OfParameter] = []
             earlier: list[torch.Tensor] = []
             for key, (_, parameter, _, _) in self._of(optimizer):
                 before = self._before.pop(key, None)
                 if before is not None:
-                    after, part = ranks.part(parameter.detach(), replicated=True)
-                    capture, _ = self._capture(key, ParameterKind.UPDATE, after - before, step)
-                    captures.append((capture, part))
+                    _, part = ranks.part(parameter.detach(), replicated=True)
+                    update, capture, _ = self._shown(
+                        key, ParameterKind.UPDATE, self._cache.update(parameter, before), step
+                    )
+                    shown.append((update, capture, part))
                     earlier.append(before)
-            moved = ranks.each_squares([capture.value for capture, _ in captures])
-            for (capture, part), *ratio in zip(captures, moved, ranks.each_squares(earlier), strict=True):
+            moved = ranks.each_squares([update for update, _, _ in shown])
+            for (_, capture, part), *ratio in zip(shown, moved, ranks.each_squares(earlier), strict=True):
                 self._add(step, f"{capture.name}/update", Scalar("ratio", Norm(*ratio)), part)
-            self._show(captures)
+            self._show(shown)
 
     def _measure_gradients(self) -> None:
         """At the end of a backward pass: the norm of each optimizer's gradients, before anybody clips them."""
@@ -266,16 +287,20 @@ class Log(Receiver):
         own = [id(p) for group in optimizer.param_groups for p in group["params"]]
         return [(key, self._parameters.found[key]) for key in own if key in self._parameters.found]
 
-    def _capture(self, key: int, kind: ParameterKind, value: torch.Tensor, step: int) -> tuple[Capture, Part | Addend]:
+    def _shown(self, key: int, kind: ParameterKind, value: torch.Tensor, step: int) -> OfParameter:
         name, _, module_type, groups = self._parameters.found[key]
         own, part = ranks.part(value.detach(), replicated=True)
-        return Capture(name, kind, own, step, module_type=module_type, groups=groups), part
+        return value, Capture(name, kind, own, step, module_type=module_type, groups=groups), part
 
-    def _show(self, captures: Iterable[tuple[Capture, Part | Addend]]) -> None:
-        captures = list(captures)
-        draw_all([capture for capture, _ in captures])
+    def _show(self, shown: Iterable[OfParameter]) -> None:
+        shown = list(shown)
+        values = [capture.value for _, capture, _ in shown]
+        draw_all(
+            [capture for _, capture, _ in shown],
+            lambda: self._cache.sketches([value for value, _, _ in shown], values, histogram=True),
+        )
         try:
-            for capture, part in captures:
+            for _, capture, part in shown:
                 kind = capture.kind
                 self._summarise(capture, self._wanted.get(kind, []), f"{capture.name}/{kind.label}", "train", part)
         finally:
@@ -296,7 +321,7 @@ class Log(Receiver):
         if not stepped and not closed and self.active(step) and self._wanted.get(ParameterKind.VALUE):
             with quiet():
                 found = self._parameters.found.items()
-                self._show(self._capture(key, ParameterKind.VALUE, p, step) for key, (_, p, _, _) in found)
+                self._show(self._shown(key, ParameterKind.VALUE, p, step) for key, (_, p, _, _) in found)
         forget_drawn()
         with self._lock:
             steps, self._steps = self._steps, {}

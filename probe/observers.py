@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -28,6 +28,9 @@ from probe.tree import (
     untransformed,
     unwrapped,
 )
+
+if TYPE_CHECKING:
+    from probe.cache import StepCache
 
 Taker = Callable[..., None]
 
@@ -74,11 +77,13 @@ class Scene:
         scaler: the GradScaler that steps them.
         every_n: steps with ``step % every_n == 0`` are to be observed.
         writer: the `Board` or ``SummaryWriter`` to write to, under ``p.log``.
+        cache: what the probe's receivers measure of a step.
     """
 
     every: Sequence[Layer]
     layers: Sequence[Layer]
     kinds: Kind
+    cache: StepCache
     optimizers: Sequence[torch.optim.Optimizer] = ()
     scaler: Any = None
     every_n: int = 1

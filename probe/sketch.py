@@ -144,7 +144,7 @@ class Sketch:
 
     def moments(self) -> Sketch:
         """The same without the histogram."""
-        return self._with([term[:HEAD] for term in self._rows()])
+        return self._with([_Head(term) if isinstance(term, _Promise) else term[:HEAD] for term in self._terms])
 
     def nothing(self) -> Sketch:
         """The sketch of no element, there and of that size: what changes nothing when it is added."""
@@ -508,6 +508,19 @@ class _Promise:
             self._pool.settle()
         assert self.made is not None
         return self.made
+
+
+class _Head(_Promise):
+    """The row without the histogram."""
+
+    __slots__ = ("_whole",)
+
+    def __init__(self, whole: _Promise) -> None:
+        super().__init__(whole._pool, whole.device, HEAD)
+        self._whole = whole
+
+    def row(self) -> Tensor:
+        return self._whole.row()[:HEAD]
 
 
 def _may_wait(values: Tensor) -> bool:

@@ -25,6 +25,8 @@ class _Drawn(threading.local):
         self.captures: list[Capture] = []
         self.known: dict[int, Sketch | None] = {}
         self.make: Callable[[torch.Tensor], Sketch | None] | None = None
+        self.make_all: Callable[[], Sequence[Sketch | None]] | None = None  # of those captures, not yet asked for
+        self.several = False
 
 
 _drawn = _Drawn()
@@ -32,15 +34,20 @@ _drawn = _Drawn()
 
 def drawn(capture: Capture) -> Sketch | None:
     """The sketch of a capture's value, computed once for all summaries that ask; None for a tensor without values."""
+    if id(capture) not in _drawn.known and _drawn.make_all is not None:
+        make_all, _drawn.make_all = _drawn.make_all, None
+        _drawn.known = {id(each): made for each, made in zip(_drawn.captures, make_all(), strict=True)}
     if id(capture) not in _drawn.known:
-        _drawn.known = {id(capture): (_drawn.make or sketch.of)(capture.value)}
-        _drawn.captures = [capture]
+        if not _drawn.several:
+            forget_drawn()
+        _drawn.known[id(capture)] = (_drawn.make or sketch.of)(capture.value)
+        _drawn.captures.append(capture)
     return _drawn.known[id(capture)]
 
 
 @contextlib.contextmanager
 def drawing(make: Callable[[torch.Tensor], Sketch | None]) -> Iterator[None]:
-    """Inside, this thread's `drawn` sketches by `make`, which gets values that nobody writes to."""
+    """Inside, this thread's `drawn` sketches by `make`."""
     before, _drawn.make = _drawn.make, make
     try:
         yield
@@ -48,16 +55,14 @@ def drawing(make: Callable[[torch.Tensor], Sketch | None]) -> Iterator[None]:
         _drawn.make = before
 
 
-def draw_all(captures: Sequence[Capture]) -> None:
-    """Sketch the values of many captures in few launches, for `drawn` to find."""
-    sketches = sketch.of_many([capture.value for capture in captures])
-    _drawn.known = {id(capture): each for capture, each in zip(captures, sketches, strict=True)}
-    _drawn.captures = list(captures)
+def draw_all(captures: Sequence[Capture], make: Callable[[], Sequence[Sketch | None]]) -> None:
+    """Have `drawn` find the sketches of these until `forget_drawn`: `make` gives all, once one is asked for."""
+    _drawn.known, _drawn.captures, _drawn.make_all, _drawn.several = {}, list(captures), make, True
 
 
 def forget_drawn() -> None:
     """Let go of the sketches and captures that `drawn` holds."""
-    _drawn.known, _drawn.captures = {}, []
+    _drawn.known, _drawn.captures, _drawn.make_all, _drawn.several = {}, [], None, False
 
 
 def stats(c: Capture) -> Iterator[Shown]:

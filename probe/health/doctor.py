@@ -56,7 +56,6 @@ class Doctor(Receiver):
         self._last_backward = -1
         self._before: dict[int, torch.Tensor] = {}
         self._lock = threading.Lock()
-        self._pool = sketch.Pool(histogram=False)
 
     # -- activations and their gradients -------------------------------------------------------------------------------
 
@@ -117,7 +116,7 @@ class Doctor(Receiver):
                 record.fed_by += (known[1],) if known[1] else ()
             else:
                 extra = {**vitals.spread(tensor), **vitals.alive(tensor, modules.is_1d(module))}
-                measured = vitals.of(tensor, extra, self._pool)
+                measured = self._measured(tensor, extra)
                 if measured is not None:
                     pass_.remember(tensor, measured, "")
             _put(record.inputs, path, measured)
@@ -132,7 +131,7 @@ class Doctor(Receiver):
                 measured: Vitals | None = known[0]
             else:
                 extra = {**vitals.spread(tensor), **vitals.alive(tensor, modules.is_1d(module))}
-                measured = vitals.of(tensor, extra, self._pool)
+                measured = self._measured(tensor, extra)
             _put(record.outputs, path, measured)
             if measured is not None and record.layer:
                 pass_.remember(tensor, measured, record.layer)
@@ -143,7 +142,10 @@ class Doctor(Receiver):
     def _gradient(self, pass_: OpenPass, record: CallRecord, kind: Kind, call: Call, tensors: Any) -> None:
         for path, tensor in tensors:
             place = record.grad_outputs if kind is Kind.GRAD_OUTPUT else record.grad_inputs
-            _put(place, path, vitals.of(tensor, vitals.subnormal(tensor), self._pool))
+            _put(place, path, self._measured(tensor, vitals.subnormal(tensor)))
+
+    def _measured(self, tensor: torch.Tensor, extra: dict[str, Any]) -> Vitals | None:
+        return vitals.of(tensor, extra, self._scene.cache.sketch(tensor, histogram=False))
 
     def _begin_backward(self, info: PassInfo) -> None:
         """Note the loss, and have the parameters' gradients read when the backward pass is over."""
@@ -167,7 +169,7 @@ class Doctor(Receiver):
         step.record.scale = 1.0 if scale is None else scale.clone()
         grads = {each: each.tensor.grad for each in self._parameters.values() if each.tensor.grad is not None}
         with quiet():
-            for each, grad, head in _heads_of(grads):
+            for each, grad, head in self._heads_of(grads):
                 record = step.parameter(each)
                 record.grad = None if head is None else Vitals(head, grad.dtype, tuple(grad.shape), {})
                 if self._examined < FIRST:
@@ -190,13 +192,13 @@ class Doctor(Receiver):
             begun.parameter(each).stepped = True
         with quiet():
             if ParameterKind.VALUE in self._wanted:
-                for each, value, head in _heads_of({each: each.tensor for each in own}):
+                for each, value, head in self._heads_of({each: each.tensor for each in own}):
                     record = begun.parameter(each)
                     record.value = None if head is None else Vitals(head, value.dtype, tuple(value.shape), {})
                     if self._examined < FIRST:
                         record.facts.update(modules.row_facts("same", each.type, value))
             if ParameterKind.UPDATE in self._wanted:
-                self._before = {id(each.tensor): local(each.tensor.detach()).clone() for each in own}
+                self._before = {id(each.tensor): self._scene.cache.copy(each.tensor) for each in own}
 
     def after_step(self, optimizer: Any, step: int) -> None:
         """Read what the update added."""
@@ -204,11 +206,19 @@ class Doctor(Receiver):
         if before and step in self._open:
             with quiet():
                 own = [each for each in self._of(optimizer) if id(each.tensor) in before]
-                updates = {each: local(each.tensor.detach()) - before.pop(id(each.tensor)) for each in own}
-                for each, update, head in _heads_of(updates):
+                updates = {each: self._scene.cache.update(each.tensor, before.pop(id(each.tensor))) for each in own}
+                for each, update, head in self._heads_of(updates):
                     record = self._open[step].parameter(each)
                     record.update = None if head is None else Vitals(head, update.dtype, tuple(update.shape), {})
                     record.facts.update(modules.rounding_facts(each.tensor, update))
+
+    def _heads_of(
+        self, tensors: dict[Parameter, torch.Tensor]
+    ) -> list[tuple[Parameter, torch.Tensor, sketch.Sketch | None]]:
+        """Each with its sketch, in few launches."""
+        values = [local(each.detach()) for each in tensors.values()]
+        heads = self._scene.cache.sketches([*tensors.values()], values, histogram=False)
+        return list(zip(tensors, values, heads, strict=True))
 
     def _of(self, optimizer: Any) -> list[Parameter]:
         own = dict.fromkeys(id(p) for group in optimizer.param_groups for p in group["params"])
@@ -263,12 +273,6 @@ class Doctor(Receiver):
         ripe = check.eager or len(seen) == check.window
         sound = check.of_broken or not any(each.broken for each in seen)
         return list(check.judge(seen)) if ripe and sound else []
-
-
-def _heads_of(tensors: dict[Parameter, torch.Tensor]) -> list[tuple[Parameter, torch.Tensor, sketch.Sketch | None]]:
-    """Each with its sketch, in few launches."""
-    values = [local(each.detach()) for each in tensors.values()]
-    return list(zip(tensors, values, sketch.of_many(values, histogram=False), strict=True))
 
 
 def _put(place: dict[str, Vitals], path: str, measured: Vitals | None) -> None:

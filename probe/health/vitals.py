@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from probe.sketch import Pool, Sketch
+from probe.sketch import Sketch
 from probe.tree import is_fake
 
 COMPARED = 4  # samples of a batch that are compared with each other
@@ -59,9 +59,8 @@ class Vitals:
         return self.extra.get(name)
 
 
-def of(tensor: torch.Tensor, extra: Mapping[str, Any], pool: Pool) -> Vitals | None:
-    """Measure one tensor, small ones together with others of the pool; None where there are no numbers to read."""
-    head = pool.of(tensor)
+def of(tensor: torch.Tensor, extra: Mapping[str, Any], head: Sketch | None) -> Vitals | None:
+    """The vitals of a tensor and its sketch; None where there are no numbers to read."""
     if head is None:
         return None
     return Vitals(head, tensor.dtype, () if tensor.is_nested else tuple(tensor.shape), dict(extra))
