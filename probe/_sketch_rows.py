@@ -42,11 +42,11 @@ LOWEST = NEGATIVE + INFINITE - 1  # the bin of the lowest finite values
 TOP = -(1 << 63)
 
 _CHUNK = 1 << 19  # elements; as float32 they fill two megabytes
-_PIECE = 1 << 17  # elements; as float64 they fill a megabyte, a common level 2 cache
+_PIECE = 30_000  # elements; as float64 they fit a level 2 cache, and torch keeps to one thread: see `_host_row`
 SMALL = (
     10_000  # elements; up to here NumPy's calls cost less than torch's, its BLAS keeps to one thread, and gluing pays
 )
-_GLUED = 1 << 15  # elements of small tensors that are glued together at most
+GLUED = _PIECE  # elements of small tensors that are glued together at most
 _ROWS = 64  # small tensors glued together at most; their rows fill a megabyte
 _LARGE = 1 << 22  # elements; the plain operators' temporaries take up to 60 bytes each
 
@@ -230,19 +230,23 @@ def _host_rows(flats: Sequence[Flat], histogram: bool) -> list[Tensor]:
 def _runs(indices: Sequence[int], flats: Sequence[Flat]) -> Iterator[list[int]]:
     """Cut `indices` into runs of few enough tensors and elements to be glued together."""
     run: list[int] = []
-    room = _GLUED
+    room = GLUED
     for i in indices:
         size = flats[i].values.numel()
         if run and (size > room or len(run) == _ROWS):
             yield run
-            run, room = [], _GLUED
+            run, room = [], GLUED
         run.append(i)
         room -= size
     yield run
 
 
 def _host_row(values: Tensor, histogram: bool) -> Tensor:
-    """The row of a CPU tensor."""
+    """The row of a CPU tensor.
+
+    By operations that use one thread each. Several threads would have to wait for each other many times; where another
+    core is busy (with the backward pass, a data loader) that costs ten times the work.
+    """
     row = np.zeros(ROW if histogram else HEAD, np.int64)
     row[COUNT] = values.numel()
     low, high, shift, total, squares = math.inf, -math.inf, None, 0.0, 0.0
@@ -310,9 +314,6 @@ def _chunks(values: Tensor) -> Iterator[tuple[Array, Array]]:
 
 def _extremes(x: Array) -> tuple[float, float]:
     """The least and the greatest element; NaN where one is."""
-    if len(x) > SMALL:
-        low, high = torch.from_numpy(x).aminmax()
-        return low.item(), high.item()
     return float(np.minimum.reduce(x)), float(np.maximum.reduce(x))
 
 
@@ -325,11 +326,10 @@ def _sums(x: Array, shift: float) -> tuple[float, float]:
         np.copyto(wide, piece)
         if shift:
             wide -= shift
-        if len(wide) > SMALL:
-            tensor = torch.from_numpy(wide)
-            total, squares = total + tensor.sum().item(), squares + tensor.dot(tensor).item()
-        else:
-            total, squares = total + float(np.add.reduce(wide)), squares + float(wide.dot(wide))
+        total += torch.from_numpy(wide).sum().item() if len(wide) > SMALL else float(np.add.reduce(wide))
+        for first in range(0, len(wide), SMALL):
+            few = wide[first : first + SMALL]
+            squares += float(few.dot(few))
     return total, squares
 
 
@@ -338,7 +338,11 @@ def _count(exact: Array, narrow: Array, bins: Array) -> int:
     index = _buffers.take("u2", len(narrow))
     np.right_shift(narrow.view(np.uint32), DROP, out=index, casting="unsafe")
     if len(index) > SMALL:
-        counts: Array = torch.bincount(torch.from_numpy(index.view(np.int16)), minlength=BINS).numpy()
+        whole = torch.from_numpy(index.view(np.int16))
+        pieces = whole.split(_PIECE) if len(index) > _PIECE and torch.get_num_threads() > 1 else [whole]
+        counts: Array = torch.bincount(pieces[0], minlength=BINS).numpy()
+        for piece in pieces[1:]:
+            counts += torch.bincount(piece, minlength=BINS).numpy()
     else:
         counts = np.bincount(index, minlength=BINS)
     near = zeros = int(counts[0] + counts[NEGATIVE])

@@ -450,7 +450,7 @@ class Pool:
     """
 
     WAITING = 64
-    ELEMENTS = 1 << 15
+    ELEMENTS = layout.GLUED
 
     def __init__(self, *, histogram: bool = True) -> None:
         self._histogram = histogram
