@@ -304,7 +304,9 @@ def _chunks(values: Tensor) -> Iterator[tuple[Array, Array]]:
             exact = floats[start : start + _CHUNK]
         else:
             exact = _buffers.take(exact_dtype, min(size - start, _CHUNK))
-            torch.from_numpy(exact).copy_(values[start : start + _CHUNK])
+            chunk = values[start : start + _CHUNK]
+            for piece, source in zip(torch.from_numpy(exact).split(_PIECE), chunk.split(_PIECE), strict=True):
+                piece.copy_(source)
         narrow = exact
         if exact_dtype == "f8":
             narrow = _buffers.take("f4", len(exact))

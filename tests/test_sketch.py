@@ -1037,6 +1037,37 @@ def test_on_cuda_a_graph_can_be_captured() -> None:
     assert [s.mean for s in found] == [3, 6]
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux lists the threads of a process there")
+def test_a_sketch_on_the_cpu_uses_one_thread() -> None:
+    """Threads would wait for each other in every small operation, and for long where another core is busy."""
+    code = """if True:
+        import os
+        import numpy as np
+        import torch
+        from probe import sketch
+
+        torch.set_num_threads(2)
+        threads = lambda: len(os.listdir("/proc/self/task"))
+        x = np.maximum(np.arange(-300_000.0, 300_000.0), 0)
+        wide, narrow = torch.from_numpy(x), torch.from_numpy(x.astype(np.float32))
+        half = torch.from_numpy(x.astype(np.float16))
+        before = threads()
+        for each in (wide, narrow, half):
+            sketch.of(each)
+        sketch.of_many(each[i : i + 9000] for each in (wide, narrow) for i in range(0, 90000, 9000))
+        pool = sketch.Pool()
+        sketches = [pool.of(narrow[i : i + 9000]) for i in range(0, 90000, 9000)]
+        pool.settle()
+        after = threads()
+        narrow.sum()
+        print(before, after, threads())
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    before, after, several = map(int, result.stdout.split())
+    assert before == after < several
+
+
 @needs_cuda
 def test_on_cuda_a_pool_knows_streams() -> None:
     """What another stream made is sketched there at once; what the default one made may be read on another."""

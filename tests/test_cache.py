@@ -1,0 +1,159 @@
+"""The cache of a step: one sketch a tensor, whoever asks, and never a stale one."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from probe import Board, Kind, Probe, health, histogram, sketch, stats
+from probe.cache import StepCache
+
+
+class Counter:
+    """The sizes of the tensors that were sketched, with and without a histogram."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sizes: dict[bool, list[int]] = {True: [], False: []}
+        measure = sketch.measure
+
+        def counted(flats: Any, binned: bool) -> list[Tensor]:
+            self.sizes[binned] += [flat.values.numel() for flat in flats]
+            return measure(flats, binned)
+
+        monkeypatch.setattr(sketch, "measure", counted)
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    return Counter(monkeypatch)
+
+
+def test_a_tensor_is_sketched_once_until_somebody_writes_to_it(counter: Counter) -> None:
+    cache, x = StepCache(), torch.arange(12.0)
+    first = cache.sketch(x, histogram=True)
+    assert first is not None
+    assert cache.sketch(x, histogram=True) is first
+    assert cache.sketches([x, x], [x, x], histogram=True) == [first, first]
+    fewer = cache.sketch(x, histogram=False)
+    assert fewer is not None
+    assert not fewer.binned
+    assert (fewer.sum, fewer.count) == (66.0, 12)
+    assert counter.sizes == {True: [12], False: []}
+    x.add_(1)
+    second = cache.sketch(x, histogram=True)
+    assert second is not None
+    assert (first.sum, second.sum) == (66.0, 78.0)
+
+
+def test_a_sketch_without_a_histogram_is_made_again_for_who_wants_one() -> None:
+    cache, x = StepCache(), torch.arange(12.0)
+    assert not cache.sketch(x, histogram=False).binned  # type: ignore[union-attr]
+    assert cache.sketch(x, histogram=True).binned  # type: ignore[union-attr]
+    (made,) = cache.sketches([x], [x], histogram=True)
+    assert made is cache.sketch(x, histogram=True)
+
+
+def test_the_moments_of_a_sketch_that_waits_wait_with_it(counter: Counter) -> None:
+    cache, x = StepCache(), torch.arange(12.0)
+    cache.binned = True
+    moments = cache.sketch(x, histogram=False)
+    whole = cache.sketch(x, histogram=True)
+    assert counter.sizes == {True: [], False: []}
+    assert moments is not None
+    assert whole is not None
+    assert len(moments.row) == sketch.HEAD
+    assert len(whole.row) == sketch.ROW
+    assert torch.equal(moments.row, whole.row[: sketch.HEAD])
+    assert counter.sizes == {True: [12], False: []}
+
+
+def test_another_tensor_at_the_same_id_is_not_taken_for_it() -> None:
+    cache = StepCache()
+    for i in range(50):  # freed at once: ids come again
+        made = cache.sketch(torch.full((3,), float(i)), histogram=True)
+        assert made is not None
+        assert made.max == i
+
+
+def test_where_torch_counts_no_writes_nothing_is_found_again() -> None:
+    with torch.inference_mode():
+        cache, x = StepCache(), torch.ones(3)
+        first = cache.sketch(x, histogram=True)
+        x.add_(1)
+        second = cache.sketch(x, histogram=True)
+    assert first is not None
+    assert second is not None
+    assert (first.sum, second.sum) == (3.0, 6.0)
+
+
+def test_what_nobody_can_read_is_remembered_as_nothing() -> None:
+    cache, x = StepCache(), torch.empty(3, device="meta")
+    assert cache.sketch(x, histogram=True) is None
+    assert cache.sketches([x], [x], histogram=False) == [None]
+
+
+def test_a_parameter_is_copied_once_as_long_as_a_copy_is_held() -> None:
+    cache, parameter = StepCache(), nn.Parameter(torch.ones(3))
+    before = cache.copy(parameter)
+    assert cache.copy(parameter) is before
+    assert before.data_ptr() != parameter.data_ptr()
+    with torch.no_grad():
+        parameter.add_(2)
+    update = cache.update(parameter, before)
+    assert update.tolist() == [2.0] * 3
+    assert cache.update(parameter, before) is update
+    assert cache.copy(parameter).tolist() == [3.0] * 3
+    held = weakref.ref(before)
+    del before
+    gc.collect()
+    assert held() is None
+
+
+def test_updates_are_let_go_of_at_the_next_optimizer_and_everything_at_the_end_of_the_step() -> None:
+    cache, parameter = StepCache(), nn.Parameter(torch.ones(3))
+    update = weakref.ref(cache.update(parameter, torch.zeros(3)))
+    assert update() is not None
+    cache.before_step(None, 0)
+    assert update() is None
+    cache.binned = True
+    cache.sketch(parameter, histogram=True)
+    cache.end_step(0, stepped=True)
+    assert not cache.binned
+    assert not (cache._sketches)
+    assert not (cache._copies)
+    assert not (cache._updates)
+
+
+def test_logs_and_health_checks_share_what_they_sketch(tmp_path: Path, counter: Counter) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def sketched(*summaries: Any) -> list[int]:
+        with Board(tmp_path / str(len(summaries))) as board, Probe(model, optimizer=optimizer) as p:
+            p.log(board, *summaries)
+            for _ in range(2):  # after the first step the health checks know that histograms are wanted
+                counter.sizes.update({True: [], False: []})
+                optimizer.zero_grad()
+                model(torch.randn(7, 4)).square().sum().backward()
+                optimizer.step()
+        return sorted(counter.sizes[True])
+
+    alone = sketched(stats, histogram)
+    assert alone == sorted(2 * [35, 35, 14] + 3 * [20, 5, 10, 2])  # outputs and gradients; values, gradients, updates
+    both = sketched(stats, histogram, *health.checks())
+    assert both == sorted([*alone, 28])  # the input of the model; a grad_input is the grad_output of the layer before
+    assert sorted(counter.sizes[False]) == [2, 5, 10, 20]  # gradients of parameters, before anybody clips them
+
+
+def test_a_layers_input_is_sketched_with_the_output_that_it_was(tmp_path: Path, counter: Counter) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with Board(tmp_path) as board, Probe(model) as p:
+        p.log(board, stats, kinds=Kind.INPUT | Kind.OUTPUT)
+        model(torch.randn(3, 4))
+    assert len(counter.sizes[True]) == 3
