@@ -105,7 +105,8 @@ _SCHEMAS = (
 )
 
 
-# A compiled graph runs with gradients disabled; whether they were enabled where it is called is told by `grad`.
+# A compiled graph runs with gradients disabled; whether they were enabled where it is called is told by `grad`. Tensors
+# that it needs no more it writes to again, and counts no version: what is delivered are new tensors on their memory.
 
 
 def _root(token: torch.Tensor, session: int, entered: bool, grad: bool) -> None:
@@ -125,12 +126,13 @@ def _deliver(
     grad: bool,
 ) -> None:
     if session in _sessions and graph_task() == -1:  # in a recomputation under activation checkpointing: no new call
-        _sessions[session].deliver(site, spot, Leaves(zip(paths, values, strict=True)), out, grad)
+        fresh = [value.detach() for value in values]
+        _sessions[session].deliver(site, spot, Leaves(zip(paths, fresh, strict=True)), out, grad)
 
 
 def _gradient(value: torch.Tensor, token: torch.Tensor, session: int, site: int, spot: int, path: str) -> None:
     if session in _sessions:
-        _sessions[session].gradient(site, spot, path, value)
+        _sessions[session].gradient(site, spot, path, value.detach())
 
 
 @cache
