@@ -131,9 +131,9 @@ def edge(tensor: torch.Tensor) -> tuple[Any, int]:
 
 
 def version(tensor: torch.Tensor) -> int:
-    """How often the tensor was written to in place; -1 where torch keeps no count (inference mode)."""
+    """How often the tensor was written to in place; -1 where torch keeps no count (inference mode, ``vmap``)."""
     try:
-        return tensor._version
+        return -1 if torch._C._functorch.is_functorch_wrapped_tensor(tensor) else tensor._version
     except RuntimeError:
         return -1
 

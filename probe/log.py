@@ -139,7 +139,7 @@ class Log(Receiver):
                         step, number = call.info.step, call.index
                         capture = Capture(layer.name, kind, value, step, number, path, module_type)
                         suffix = f"{path}{f'#{number}' if number else ''}"
-                        with drawing(partial(self._sketch, own, value)):
+                        with drawing(partial(self._sketch, own, (call, kind), value)):
                             self._summarise(capture, summaries, stem + suffix, call.info.mode, part)
 
         take = tensor_taker(kind, deliver)
@@ -158,11 +158,13 @@ class Log(Receiver):
         """Have those who want less of a sketch make it so that it is found here."""
         self._cache.binned = self._cache.binned or (self._draws and self.active(pass_.info.step))
 
-    def _sketch(self, source: torch.Tensor, copy: torch.Tensor, value: torch.Tensor) -> Sketch | None:
+    def _sketch(
+        self, source: torch.Tensor, place: tuple[Call, Kind], copy: torch.Tensor, value: torch.Tensor
+    ) -> Sketch | None:
         """The sketch of a value that nobody writes to: of what was captured of `source`, or made from that."""
         self._draws = True
         if value is copy:
-            return self._cache.sketch(source, copy, histogram=True)
+            return self._cache.sketch(source, place, copy, histogram=True)
         return self._cache.fresh(value, fixed=True, histogram=True)
 
     def _summarise(

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from probe import Board, Kind, Probe, health, histogram, sketch, stats
+from probe import Board, Capture, Kind, Probe, health, histogram, sketch, stats, summary
 from probe.cache import StepCache
+
+PLACE: Any = (None, Kind.GRAD_OUTPUT)
 
 
 class Counter:
@@ -36,34 +38,34 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
 
 def test_a_tensor_is_sketched_once_until_somebody_writes_to_it(counter: Counter) -> None:
     cache, x = StepCache(), torch.arange(12.0)
-    first = cache.sketch(x, histogram=True)
+    first = cache.sketch(x, PLACE, histogram=True)
     assert first is not None
-    assert cache.sketch(x, histogram=True) is first
+    assert cache.sketch(x, PLACE, histogram=True) is first
     assert cache.sketches([x, x], [x, x], histogram=True) == [first, first]
-    fewer = cache.sketch(x, histogram=False)
+    fewer = cache.sketch(x, PLACE, histogram=False)
     assert fewer is not None
     assert not fewer.binned
     assert (fewer.sum, fewer.count) == (66.0, 12)
     assert counter.sizes == {True: [12], False: []}
     x.add_(1)
-    second = cache.sketch(x, histogram=True)
+    second = cache.sketch(x, PLACE, histogram=True)
     assert second is not None
     assert (first.sum, second.sum) == (66.0, 78.0)
 
 
 def test_a_sketch_without_a_histogram_is_made_again_for_who_wants_one() -> None:
     cache, x = StepCache(), torch.arange(12.0)
-    assert not cache.sketch(x, histogram=False).binned  # type: ignore[union-attr]
-    assert cache.sketch(x, histogram=True).binned  # type: ignore[union-attr]
+    assert not cache.sketch(x, PLACE, histogram=False).binned  # type: ignore[union-attr]
+    assert cache.sketch(x, PLACE, histogram=True).binned  # type: ignore[union-attr]
     (made,) = cache.sketches([x], [x], histogram=True)
-    assert made is cache.sketch(x, histogram=True)
+    assert made is cache.sketch(x, PLACE, histogram=True)
 
 
 def test_the_moments_of_a_sketch_that_waits_wait_with_it(counter: Counter) -> None:
     cache, x = StepCache(), torch.arange(12.0)
     cache.binned = True
-    moments = cache.sketch(x, histogram=False)
-    whole = cache.sketch(x, histogram=True)
+    moments = cache.sketch(x, PLACE, histogram=False)
+    whole = cache.sketch(x, PLACE, histogram=True)
     assert counter.sizes == {True: [], False: []}
     assert moments is not None
     assert whole is not None
@@ -76,7 +78,7 @@ def test_the_moments_of_a_sketch_that_waits_wait_with_it(counter: Counter) -> No
 def test_another_tensor_at_the_same_id_is_not_taken_for_it() -> None:
     cache = StepCache()
     for i in range(50):  # freed at once: ids come again
-        made = cache.sketch(torch.full((3,), float(i)), histogram=True)
+        made = cache.sketch(torch.full((3,), float(i)), PLACE, histogram=True)
         assert made is not None
         assert made.max == i
 
@@ -84,17 +86,32 @@ def test_another_tensor_at_the_same_id_is_not_taken_for_it() -> None:
 def test_where_torch_counts_no_writes_nothing_is_found_again() -> None:
     with torch.inference_mode():
         cache, x = StepCache(), torch.ones(3)
-        first = cache.sketch(x, histogram=True)
+        first = cache.sketch(x, PLACE, histogram=True)
         x.add_(1)
-        second = cache.sketch(x, histogram=True)
+        second = cache.sketch(x, PLACE, histogram=True)
     assert first is not None
     assert second is not None
     assert (first.sum, second.sum) == (3.0, 6.0)
 
 
+def test_under_vmap_an_in_place_module_changes_what_is_sketched(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True))
+    least: dict[str, float] = {}
+
+    def note(c: Capture) -> None:
+        found = summary.drawn(c)
+        assert found is not None
+        least[c.name] = found.min
+
+    with Board(tmp_path) as board, Probe(model) as p:
+        p.log(board, note, kinds=Kind.OUTPUT)
+        torch.vmap(model)(torch.randn(20, 3))
+    assert least["0"] < least["1"] == 0
+
+
 def test_what_nobody_can_read_is_remembered_as_nothing() -> None:
     cache, x = StepCache(), torch.empty(3, device="meta")
-    assert cache.sketch(x, histogram=True) is None
+    assert cache.sketch(x, PLACE, histogram=True) is None
     assert cache.sketches([x], [x], histogram=False) == [None]
 
 
@@ -122,7 +139,7 @@ def test_updates_are_let_go_of_at_the_next_optimizer_and_everything_at_the_end_o
     cache.before_step(None, 0)
     assert update() is None
     cache.binned = True
-    cache.sketch(parameter, histogram=True)
+    cache.sketch(parameter, PLACE, histogram=True)
     cache.end_step(0, stepped=True)
     assert not cache.binned
     assert not (cache._sketches)
@@ -151,9 +168,28 @@ def test_logs_and_health_checks_share_what_they_sketch(tmp_path: Path, counter: 
     assert sorted(counter.sizes[False]) == [2, 5, 10, 20]  # gradients of parameters, before anybody clips them
 
 
-def test_a_layers_input_is_sketched_with_the_output_that_it_was(tmp_path: Path, counter: Counter) -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+def test_a_write_that_torch_does_not_count_between_two_layers_is_seen(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            x.data.clamp_(0)
+            return self.last(x)
+
+    least: dict[tuple[str, Kind], float] = {}
+
+    def note(c: Capture) -> None:
+        found = summary.drawn(c)
+        assert found is not None
+        assert isinstance(c.kind, Kind)
+        least[c.name, c.kind] = found.min
+
+    model = Net()
     with Board(tmp_path) as board, Probe(model) as p:
-        p.log(board, stats, kinds=Kind.INPUT | Kind.OUTPUT)
-        model(torch.randn(3, 4))
-    assert len(counter.sizes[True]) == 3
+        p.log(board, note, *health.checks(), kinds=Kind.INPUT | Kind.OUTPUT)
+        model(torch.randn(20, 3))
+    assert least["first", Kind.OUTPUT] < 0
+    assert least["last", Kind.INPUT] == least["last", Kind.OUTPUT] == 0

@@ -745,3 +745,18 @@ def test_views_of_a_parameter_know_it(mode: Any) -> None:
     weight = nn.Parameter(torch.ones(3))
     with mode():
         assert type(weight[1:]._base) is nn.Parameter
+
+
+def test_vmap_counts_no_in_place_write() -> None:
+    """So that what was measured of a tensor under vmap can't be found again by its version (`probe.graph.version`)."""
+    versions: list[int] = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        versions.append(y._version)
+        y.relu_()
+        versions.append(y._version)
+        return y
+
+    torch.vmap(function)(torch.randn(3, 2))
+    assert versions == [0, 0]

@@ -116,7 +116,7 @@ class Doctor(Receiver):
                 record.fed_by += (known[1],) if known[1] else ()
             else:
                 extra = {**vitals.spread(tensor), **vitals.alive(tensor, modules.is_1d(module))}
-                measured = self._measured(tensor, extra)
+                measured = self._measured(tensor, (call, kind), extra)
                 if measured is not None:
                     pass_.remember(tensor, measured, "")
             _put(record.inputs, path, measured)
@@ -131,7 +131,7 @@ class Doctor(Receiver):
                 measured: Vitals | None = known[0]
             else:
                 extra = {**vitals.spread(tensor), **vitals.alive(tensor, modules.is_1d(module))}
-                measured = self._measured(tensor, extra)
+                measured = self._measured(tensor, (call, kind), extra)
             _put(record.outputs, path, measured)
             if measured is not None and record.layer:
                 pass_.remember(tensor, measured, record.layer)
@@ -142,10 +142,10 @@ class Doctor(Receiver):
     def _gradient(self, pass_: OpenPass, record: CallRecord, kind: Kind, call: Call, tensors: Any) -> None:
         for path, tensor in tensors:
             place = record.grad_outputs if kind is Kind.GRAD_OUTPUT else record.grad_inputs
-            _put(place, path, self._measured(tensor, vitals.subnormal(tensor)))
+            _put(place, path, self._measured(tensor, (call, kind), vitals.subnormal(tensor)))
 
-    def _measured(self, tensor: torch.Tensor, extra: dict[str, Any]) -> Vitals | None:
-        return vitals.of(tensor, extra, self._scene.cache.sketch(tensor, histogram=False))
+    def _measured(self, tensor: torch.Tensor, place: tuple[Call, Kind], extra: dict[str, Any]) -> Vitals | None:
+        return vitals.of(tensor, extra, self._scene.cache.sketch(tensor, place, histogram=False))
 
     def _begin_backward(self, info: PassInfo) -> None:
         """Note the loss, and have the parameters' gradients read when the backward pass is over."""
