@@ -19,7 +19,7 @@ from probe.capture import Kind, Layer, Summary
 from probe.compiled import INSIDE, Eager, GraphSession, check_options
 from probe.edits import Edit, checked
 from probe.findings import Findings
-from probe.hooks import Tap
+from probe.hooks import Tap, hookable
 from probe.observers import Adapter, Joint, Scene, Store, joint
 from probe.reasons import missing, only_holds, why_never, why_no_gradients
 from probe.record import (
@@ -105,7 +105,7 @@ class Probe:
         self._every = select.layers(model)
         chosen = [] if isinstance(model, _NoModel) else select.choose(self._every, layers, exclude)
         self._scripted = [layer for layer in chosen if isinstance(layer.module, torch.jit.ScriptModule)]
-        self._layers = _hookable(chosen)
+        self._layers = hookable(chosen)
         self._by_name = {name: layer for layer in self._layers for name in layer.names}
         self._known = {name for layer in self._every for name in layer.names}
         named = [each for each in select.flatten(layers) if isinstance(each, (str, nn.Module))]
@@ -327,7 +327,7 @@ class Probe:
         if not isinstance(on, Kind) or not on:
             raise TypeError(f"on={on!r}: give Kind.INPUT, OUTPUT, GRAD_OUTPUT or GRAD_INPUT")
         self._outside("edit")
-        chosen = _hookable(select.match(self._every, selector))
+        chosen = hookable(select.match(self._every, selector))
         added: list[tuple[Tap, Kind, Any]] = []
         for layer in chosen:
             tap = self._tap(layer)
@@ -350,7 +350,7 @@ class Probe:
         The rest of the block is skipped; what was captured until then can be read after it.
         """
         self._outside("stop_after")
-        taps = [self._tap(layer) for layer in _hookable(select.match(self._every, selector))]
+        taps = [self._tap(layer) for layer in hookable(select.match(self._every, selector))]
         for tap in taps:
             tap.stop += 1
         self._rebind()
@@ -675,15 +675,6 @@ def _unwrapped(optimizer: Any) -> Any:
         if wrapper is not None and isinstance(optimizer, wrapper):
             return _unwrapped(optimizer.optimizer)
     return optimizer
-
-
-def _hookable(layers: list[Layer]) -> list[Layer]:
-    """The layers without ScriptModules; that nothing is left is an error."""
-    found = [layer for layer in layers if not isinstance(layer.module, torch.jit.ScriptModule)]
-    if layers and not found:
-        names = ", ".join(repr(layer.name) for layer in layers)
-        raise TypeError(f"{names}: torch puts no hooks on ScriptModules; probe the model before torch.jit.script")
-    return found
 
 
 def _last_call(session: weakref.ref[Session], log: weakref.ref[Receiver]) -> None:

@@ -611,6 +611,15 @@ def raised(module: nn.Module, output: Any) -> BaseException | None:
     return error if left else None
 
 
+def hookable(layers: list[Layer]) -> list[Layer]:
+    """The layers without ScriptModules; that nothing is left is an error."""
+    found = [layer for layer in layers if not isinstance(layer.module, torch.jit.ScriptModule)]
+    if layers and not found:
+        names = ", ".join(repr(layer.name) for layer in layers)
+        raise TypeError(f"{names}: torch puts no hooks on ScriptModules; probe the model before torch.jit.script")
+    return found
+
+
 def on_enter(module: nn.Module, function: Callable[..., Any], *, with_kwargs: bool = False) -> Any:
     """Have ``function(module, args)`` (or ``args, kwargs``) called before the module's forward; the handle."""
     return module.register_forward_pre_hook(Hook(function), with_kwargs=with_kwargs)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from probe.cam import layout as layouts
 from probe.cam import targets
 from probe.cam.layout import AmbiguousLayout, Layout
 from probe.cam.run import Run
 from probe.cam.spot import pick
-from probe.capture import Kind, Layer
+from probe.capture import Layer
+from probe.hooks import hookable, on_output
 
 _MOST = 6
 _POOLING = re.compile(r"pool(ing)?(\dd)?(same)?$")  # nn.MaxPool2d, timm's AvgPool2dSame, but not a PoolFormer's layers
@@ -46,24 +49,23 @@ def candidates(run: Run) -> list[str]:
     rows: list[_Row] = []
     pooled: Tensor | None = None
 
-    def noting(layer: Layer) -> Any:
+    def noting(layer: Layer) -> Callable[[], Any]:
         pools = _POOLING.search(type(layer.module).__name__.lower()) is not None
 
-        def note(output: Any) -> Any:
+        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             nonlocal pooled
             try:
                 _, tensor = pick(output, None, run.batch)
             except ValueError:
-                return output
+                return
             pooled = tensor if pools else pooled
             if run.batch in tensor.shape[: 2 if tensor.dim() == 3 else 1]:  # else regions of interest, windows, ...
                 rows.append(_Row(layer, tuple(tensor.shape), tensor is pooled))
-            return output
 
-        return note
+        return functools.partial(on_output, layer.module, note)
 
-    inner = [layer for layer in run.every if layer.name]
-    run.forward([], graph=False, watch=[(layer.module, noting(layer), Kind.OUTPUT) for layer in inner])
+    inner = hookable([layer for layer in run.every if layer.name])
+    run.forward([], graph=False, watch=[noting(layer) for layer in inner])
     attending = [i for i, row in enumerate(rows) if "attention" in row.type or "attn" in row.type]
     attention = attending[-1] if attending else -1
     norms = _before(rows, attention) if attending else []

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import warnings
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,8 +25,7 @@ from probe.cam.spot import At, Spot
 from probe.cam.state import untouched, warn, warn_if_training
 from probe.cam.targets import Classes, Score
 from probe.cam.tell import tell
-from probe.capture import Kind
-from probe.core import ProbeWarning
+from probe.hooks import on_enter
 
 Method = Callable[..., Tensor]
 Target = int | Sequence[int] | Tensor | Score | None
@@ -153,12 +152,9 @@ def _quietly(model: nn.Module, inputs: list[tuple[str, Tensor]]) -> Iterator[boo
     """Leave the model as it was, and run it eagerly: whether that is not what it would do."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(untouched(model, [tensor for _, tensor in inputs]))
-        compiled = select.is_compiled(model)
-        if compiled:
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled; functions that the model calls may be, too
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore", ProbeWarning)  # each probe would say so
-        yield compiled
+        yield select.is_compiled(model)
 
 
 def _look(
@@ -208,12 +204,9 @@ def _choose(
 
 
 def _watching_linears(run: Run) -> list[Any]:
-    def noting(module: nn.Module) -> Callable[[Any], Any]:
-        def note(given: Any) -> Any:
-            run.linears.append((module, tree.snapshot(given) if isinstance(given, Tensor) else None))
-            return given
-
-        return note
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = tree.inputs(args, kwargs)
+        run.linears.append((module, tree.snapshot(given) if isinstance(given, Tensor) else None))
 
     pointwise = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     modules = [
@@ -222,7 +215,7 @@ def _watching_linears(run: Run) -> list[Any]:
         if isinstance(layer.module, nn.Linear)
         or (isinstance(layer.module, pointwise) and max(layer.module.kernel_size) == 1)
     ]
-    return [(module, noting(module), Kind.INPUT) for module in modules]
+    return [functools.partial(on_enter, module, note, with_kwargs=True) for module in modules]
 
 
 def _map(

@@ -20,7 +20,7 @@ from probe.cam.methods.score import Rows
 from probe.cam.perturb import Progress, cheapest_trunk, masked, replaced, score_rows
 from probe.cam.run import Run
 from probe.cam.spot import Spot, hand_on, pick, swap
-from probe.capture import Kind
+from probe.hooks import on_output
 
 GRADIENTS = frozenset({"gradient", "hessian_product", "gradient_of"})
 """Ingredients that need the graph of the first run."""
@@ -202,19 +202,17 @@ class Ingredients:
             biased = [(module, bias) for module in self._run.model.modules() if (bias := _bias(module)) is not None]
         seen: list[tuple[Tensor, Tensor]] = []
 
-        def noting(bias: Tensor) -> Callable[[Any], Any]:
-            def note(output: Tensor) -> Tensor:
+        def noting(module: nn.Module, bias: Tensor) -> Callable[[], Any]:
+            def note(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
                 if not output.requires_grad:
-                    return output
+                    return None
                 seen.append((bias, output))
                 return hand_on(output)
 
-            return note
+            return functools.partial(on_output, module, note)
 
         leaf, other = self._from_input()
-        other.forward(
-            [], graph=False, whole=True, watch=[(module, noting(bias), Kind.OUTPUT) for module, bias in biased]
-        )
+        other.forward([], graph=False, whole=True, watch=[noting(module, bias) for module, bias in biased])
         at_input, *gradients = _input_gradients(other, [leaf, *(output for _, output in seen)])
         terms = [leaf.detach() * at_input]
         terms = [term.movedim(-1, 1) for term in terms] if self._run.inputs.image()[2] else terms
@@ -236,14 +234,15 @@ class Ingredients:
         blocks = _blocks(run.model, count)
         tokens: list[Tensor] = []
 
-        def note(output: Any) -> Any:
+        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             tensor = pick(output, None, run.batch)[1]
             tokens.append(tensor)
             return swap(output, tensor, hand_on(tensor))
 
         with attentions.AttentionWeights(run.batch) as seen:
             other = self._from_input()[1] if run.inputs.has_image else run.like(run.inputs.args, run.inputs.kwargs)
-            other.forward([], graph=False, whole=True, watch=[(block, note, Kind.OUTPUT) for block in blocks])
+            watch = [functools.partial(on_output, block, note) for block in blocks]
+            other.forward([], graph=False, whole=True, watch=watch)
         assert other.scores is not None
         assert run.score is not None
         (last,) = other.spots([blocks[-1]], None)

@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from probe.cam import targets
 from probe.cam.run import Run, checked_scores
 from probe.cam.spot import Spot, pick, swap
-from probe.capture import Kind
-from probe.core import Probe
+from probe.hooks import on_output
 
 Progress = Callable[[Iterable[int], int], Iterable[int]]
 """Wraps the chunks of a long loop, given their number."""
@@ -105,7 +104,7 @@ def replaced(run: Run, spot: Spot, value: Tensor, samples: Tensor, trunk: str) -
     args, kwargs = run.inputs.of(chosen)
     calls = 0
 
-    def replace(output: Any) -> Any:
+    def replace(module: nn.Module, given: Any, output: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls - 1 != (spot.call or 0):
@@ -113,9 +112,7 @@ def replaced(run: Run, spot: Spot, value: Tensor, samples: Tensor, trunk: str) -
         torch.set_grad_enabled(value.requires_grad)
         return swap(output, pick(output, spot, None)[1], value)
 
-    probe = Probe(run.model, spot.layer.module, kinds=Kind.OUTPUT, keep=0)
-    probe.edit(spot.layer.module, replace, same_shape=False)  # another batch flows on than came
-    with torch.no_grad(), probe:
+    with torch.no_grad(), on_output(spot.layer.module, replace):
         return run.model(*args, **kwargs)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,7 @@ from probe import select
 from probe.cam import targets
 from probe.cam.inputs import Inputs
 from probe.cam.spot import At, Spot, check_called, visitor
-from probe.capture import Kind
-from probe.core import Probe
+from probe.hooks import hookable, on_output
 
 
 class Run:
@@ -49,7 +48,7 @@ class Run:
             at = layer if isinstance(layer, At) else At(layer)
             if not isinstance(at.layer, (str, nn.Module)):
                 raise TypeError(f"a layer is a name, a module or cam.At(...), not {at.layer!r}")
-            matches = select.match(self.every, at.layer)
+            matches = hookable(select.match(self.every, at.layer))
             if len(matches) > 1:
                 names = ", ".join(repr(match.name) for match in matches[:4])
                 raise ValueError(
@@ -58,7 +57,9 @@ class Run:
             found.append(Spot(at, matches[0], call))
         return found
 
-    def forward(self, spots: list[Spot], *, graph: bool, whole: bool = False, watch: Sequence[Any] = ()) -> Any:
+    def forward(
+        self, spots: list[Spot], *, graph: bool, whole: bool = False, watch: Sequence[Callable[[], Any]] = ()
+    ) -> Any:
         """Run the model, keep what the spots' layers return, and with `graph` start the graph there.
 
         The output and the scores are kept on the run. What goes on behind a spot is a copy-on-write clone of its value,
@@ -68,25 +69,20 @@ class Run:
             spots: where to look.
             graph: build a graph from the spots on.
             whole: with gradients enabled from the start, for a graph that begins at the inputs or the parameters.
-            watch: more ``(module, function, kind)`` edits for this run.
+            watch: put more hooks on for this run, and return the handle.
 
         Returns:
             the model's output.
         """
-        for spot in spots:
-            spot.reset()
-        chosen: list[Any] = [spot.layer.module for spot in spots]
-        probe = Probe(self.model, *(chosen or [""]), kinds=Kind.OUTPUT, keep=0)
-        if not spots:
-            probe.edit("", lambda output: output)
-        for spot in spots:
-            probe.edit(spot.layer.module, visitor(spot, self.batch, graph))
-        for module, function, kind in watch:
-            probe.edit(module, function, on=kind)
-        with torch.set_grad_enabled(whole), probe:
-            self.output = self.model(*self.inputs.args, **self.inputs.kwargs)
+        with torch.set_grad_enabled(whole), contextlib.ExitStack() as handles:
             for spot in spots:
-                check_called(spot)
+                spot.reset()
+                handles.enter_context(on_output(spot.layer.module, visitor(spot, self.batch, graph)))
+            for hook in watch:
+                handles.enter_context(hook())
+            self.output = self.model(*self.inputs.args, **self.inputs.kwargs)
+        for spot in spots:
+            check_called(spot)
         self._take_scores(graph or whole)
         return self.output
 

@@ -50,10 +50,10 @@ class Spot:
         self.calls, self.value = 0, None
 
 
-def visitor(spot: Spot, batch: int, graph: bool) -> Callable[[Any], Any]:
-    """The edit that notes what a layer returns, and starts the graph there."""
+def visitor(spot: Spot, batch: int, graph: bool) -> Callable[..., Any]:
+    """The forward hook that notes what a layer returns, and starts the graph there."""
 
-    def visit(output: Any) -> Any:
+    def visit(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         spot.calls += 1
         if spot.calls - 1 != (spot.call or 0):
             return output
