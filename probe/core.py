@@ -150,7 +150,7 @@ class Probe:
             stack.callback(self._session.close)
             if self._eager is not None:
                 stack.callback(self._eager.release)
-            if self._compiled != "inside" and select.is_compiled(self._session.model):
+            if self._compiled != "inside" and select.is_compiled(select.modules(self._session.model)):
                 if self._eager is None:
                     raise RuntimeError(
                         "the model is compiled, and hooks do not fire in compiled code. Leave compiled='error' out to "

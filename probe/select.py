@@ -46,12 +46,11 @@ def wrapped_attribute(module: nn.Module) -> str | None:
     return None
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Whether any part of the model would run as compiled code, past its hooks."""
+def is_compiled(modules: Iterable[nn.Module]) -> bool:
+    """Whether any of a model's `modules` would run as compiled code, past its hooks."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     return dynamo is not None and any(
-        module._compiled_call_impl is not None or isinstance(module, dynamo.OptimizedModule)
-        for module in modules(model)
+        module._compiled_call_impl is not None or isinstance(module, dynamo.OptimizedModule) for module in modules
     )
 
 
@@ -61,40 +60,42 @@ def layers(model: nn.Module) -> list[Layer]:
     A module under several names is one `Layer`. The prefix of a wrapper is dropped because of the wrapper's type; a
     wrapper and what it wraps share a name, which then means the wrapped one.
     """
-    names: dict[int, list[str]] = {}
-    modules: dict[int, nn.Module] = {}
-    for name, module in _walk(model):
-        if wrapped_attribute(module) is None or id(module) == id(model):
-            modules.setdefault(id(module), module)
-            if name not in names.setdefault(id(module), []):
-                names[id(module)].append(name)
-    if wrapped_attribute(model) is not None:
-        del modules[id(model)], names[id(model)]
-    return [Layer(tuple(names[key]), module) for key, module in modules.items()]
-
-
-def _walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every place of every module, with the name there, the root first."""
-    found: list[tuple[str, nn.Module]] = []
+    found: dict[int, tuple[list[str], nn.Module]] = {}
+    wrapping: dict[type, str | None] = {}  # a model has many modules of a few types
 
     def visit(module: nn.Module, name: str, above: tuple[int, ...]) -> None:
-        found.append((name, module))
+        kind = type(module)
+        if kind not in wrapping:
+            wrapping[kind] = wrapped_attribute(module)
+        hidden = wrapping[kind]
+        if hidden is None:
+            names = found.setdefault(id(module), ([], module))[0]
+            if name not in names:
+                names.append(name)
         children = module._modules
         if not children or id(module) in above:  # a leaf, or a module that contains itself
             return
-        hidden = wrapped_attribute(module)
         for key, child in children.items():
             if child is not None:
                 inner = name if key == hidden else f"{name}.{key}" if name else key
                 visit(child, inner, (*above, id(module)))
 
     visit(model, "", ())
-    return found
+    return [Layer(tuple(names), module) for names, module in found.values()]
 
 
 def modules(model: nn.Module) -> list[nn.Module]:
     """Every module, wrappers too, the root first: ``model.modules()`` also for modules that cannot be hashed."""
-    return list({id(module): module for _, module in _walk(model)}.values())
+    found: dict[int, nn.Module] = {}
+
+    def visit(module: nn.Module) -> None:
+        found[id(module)] = module
+        for child in module._modules.values():
+            if child is not None and id(child) not in found:
+                visit(child)
+
+    visit(model)
+    return list(found.values())
 
 
 def ancestors(model: nn.Module, chosen: Iterable[nn.Module]) -> list[nn.Module]:

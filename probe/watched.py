@@ -85,7 +85,7 @@ class Model(Receiver):
         self.module = weakref.ref(module)
         self.name = name
         self.type = type(unwrapped(module)).__name__
-        self.compiled = select.is_compiled(module)
+        self.compiled = select.is_compiled(select.modules(module))
         self.over = False  # for good
         self.steps = 0
         self.seen = LastSeen()

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -130,6 +131,8 @@ def requirements(method: Method) -> frozenset[str]:
     Raises:
         TypeError: it is no function, or asks for something that there is not.
     """
+    with contextlib.suppress(KeyError, TypeError):  # what cannot be hashed or weakly referenced is not remembered
+        return _required[method]
     if not callable(method):
         raise TypeError(f"a method is a function such as cam.grad_cam, not {method!r}")
     needs = frozenset(
@@ -144,17 +147,22 @@ def requirements(method: Method) -> frozenset[str]:
         raise TypeError(
             f"{method_name(method)} {what}; the parameters of a method are among {', '.join(sorted(NAMES))}"
         )
+    with contextlib.suppress(TypeError):
+        _required[method] = needs
     return needs
+
+
+_required: weakref.WeakKeyDictionary[Method, frozenset[str]] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
 def _quietly(model: nn.Module, inputs: list[tuple[str, Tensor]]) -> Iterator[bool]:
     """Leave the model as it was, and run it eagerly: whether that is not what it would do."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(untouched(model, [tensor for _, tensor in inputs]))
+        modules = stack.enter_context(untouched(model, [tensor for _, tensor in inputs]))
         if "torch._dynamo" in sys.modules:  # else nothing is compiled; functions that the model calls may be, too
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield select.is_compiled(model)
+        yield select.is_compiled(modules)
 
 
 def _look(
@@ -226,8 +234,8 @@ def _map(
     samples: list[int | None] = list(range(run.batch)) if alone else [None]
     maps = []
     for sample in samples:
-        label = method_name(method) if sample is None else f"{method_name(method)} {sample + 1}/{run.batch}"
-        ingredients = Ingredients(run, spot, gradient, sample, _bar(label) if progress else None)
+        bar = _bar(method_name(method) + ("" if sample is None else f" {sample + 1}/{run.batch}")) if progress else None
+        ingredients = Ingredients(run, spot, gradient, sample, bar)
         maps.append(method(**{name: getattr(ingredients, name) for name in needs}).detach())
     return torch.cat(maps) if len(maps) > 1 else maps[0]
 

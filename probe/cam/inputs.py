@@ -22,7 +22,8 @@ class Inputs:
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.args, self.kwargs = pytree.tree_map_only(Tensor, _ordinary, (args, kwargs))
+        self.args = tuple(_ordinary(each) for each in args)
+        self.kwargs = {name: _ordinary(each) for name, each in kwargs.items()}
         self.tensors = [tensor for _, tensor in tree.input_leaves(self.args, self.kwargs)]
         self.batch = _batch(self.args, self.tensors)
 
@@ -73,9 +74,11 @@ class Inputs:
         return args, kwargs
 
 
-def _ordinary(tensor: Tensor) -> Tensor:
-    """A tensor that autograd can work with: inference tensors are copied."""
-    return tensor.clone() if tensor.is_inference() else tensor
+def _ordinary(value: Any) -> Any:
+    """What autograd can work with: inference tensors are copied."""
+    if not isinstance(value, Tensor):
+        return pytree.tree_map_only(Tensor, _ordinary, value)
+    return value.clone() if value.is_inference() else value
 
 
 def _batch(args: tuple[Any, ...], tensors: list[Tensor]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from probe import select
 from probe.cam import targets
 from probe.cam.inputs import Inputs
 from probe.cam.spot import At, Spot, check_called, visitor
+from probe.cam.state import full_precision
 from probe.hooks import hookable, on_output
 
 
@@ -93,7 +94,8 @@ class Run:
         return self.output
 
     def _take_scores(self, graph: bool) -> None:
-        with torch.set_grad_enabled(graph), _full_precision(self.inputs.tensors):
+        devices = {"cpu", *(tensor.device.type for tensor in self.inputs.tensors)}
+        with torch.set_grad_enabled(graph), full_precision(devices):  # of what the model returned
             if self.score is None:
                 self.score = targets.resolve(self.target, self.output, self.batch)
             self.scores = checked_scores(self.score(self.output), self.batch)
@@ -156,13 +158,3 @@ def checked_scores(scores: Any, batch: int) -> Tensor:
     raise ValueError(
         f"a target function returns one score a sample, [{batch}], or a scalar; this one returned {tuple(scores.shape)}"
     )
-
-
-@contextlib.contextmanager
-def _full_precision(tensors: list[Tensor]) -> Iterator[None]:
-    """No autocast: scores and their sums are taken in the precision that the model returned."""
-    with contextlib.ExitStack() as stack:
-        for device in {"cpu", *(tensor.device.type for tensor in tensors)}:
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield

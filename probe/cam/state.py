@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from probe import select
 from probe.capture import Layer
 
 _HERE = os.path.dirname(__file__)
@@ -51,29 +52,42 @@ def warn_if_training(every: Iterable[Layer], what: str) -> None:
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module, tensors: list[Tensor]) -> Iterator[None]:
+def untouched(model: nn.Module, tensors: list[Tensor]) -> Iterator[list[nn.Module]]:
     """Run the model inside, and find its buffers and all random number generators as they were, whatever was raised.
+
+    As the context's value, every module of it.
 
     Inside there is no graph and no inference mode, and autocast does not cache: weights that it cast under ``no_grad``
     would stay in the cache of the caller's autocast block and have no gradient there.
     """
-    kept = [
-        (module, name, buffer, buffer.detach().clone(), _version(buffer))
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    cached = torch.is_autocast_cache_enabled()
+    cached, modules = torch.is_autocast_cache_enabled(), select.modules(model)
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(_cuda_devices(model, tensors)):
+        kept = [
+            (module, name, buffer, buffer.clone(), _version(buffer))
+            for module in modules
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
         torch.set_autocast_cache_enabled(False)
         try:
-            yield
+            yield modules
         finally:
             torch.set_autocast_cache_enabled(cached)
             for module, name, buffer, value, version in kept:
                 module._buffers[name] = buffer
                 if module.training or version is None or buffer._version != version:
                     _write(buffer, value)
+
+
+def full_precision(devices: Iterable[str]) -> contextlib.AbstractContextManager[object]:
+    """No autocast on devices of these types, where there is any now."""
+    casting = [device for device in devices if torch.is_autocast_enabled(device)]
+    if not casting:
+        return contextlib.nullcontext()
+    stack = contextlib.ExitStack()
+    for device in casting:
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
 
 
 def _write(buffer: Tensor, value: Tensor) -> None:

@@ -31,7 +31,8 @@ class Classes:
     index: Tensor
 
     def __call__(self, output: Any) -> Tensor:
-        return self.of(output, torch.arange(len(self.index), device=self.index.device))
+        scores = class_scores(output, len(self.index))
+        return scores.gather(1, self.index.to(scores.device).unsqueeze(1)).squeeze(1)
 
     def of(self, output: Any, samples: Tensor, probability: bool = False) -> Tensor:
         """Scores of rows that belong to `samples`: ``[len(samples)]``."""
@@ -57,33 +58,32 @@ def resolve(target: Any, output: Any, batch: int) -> Score:
     if target is None:
         return Classes(scores.argmax(1))
     index = _index(target)
-    if index.dim() == 0:
-        index = index.expand(batch)
+    if isinstance(index, int):
+        index = [index] * batch
     if len(index) != batch:
         raise ValueError(
             f"{len(index)} targets for a batch of {batch}: give one class a sample, or a single int for all of them"
         )
-    wrong = next((each for each in index.tolist() if not 0 <= each < classes), None)
+    wrong = next((each for each in index if not 0 <= each < classes), None)
     if wrong is not None:
         raise IndexError(f"target class {wrong} is out of range: the output has classes 0 to {classes - 1}")
-    return Classes(index.to(scores.device))
+    return Classes(torch.tensor(index, dtype=torch.long, device=scores.device))
 
 
-def _index(target: Any) -> Tensor:
+def _index(target: Any) -> int | list[int]:
     if isinstance(target, Tensor):
-        index = target.detach()
-    elif isinstance(target, numbers.Integral) and not isinstance(target, bool):
-        index = torch.tensor(int(target))
-    elif hasattr(target, "tolist") or isinstance(target, (list, tuple, range)):
+        if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool or target.dim() > 1:
+            raise TypeError(
+                "a tensor of targets holds one integer class a sample, "
+                f"not {target.dtype} of shape {tuple(target.shape)}"
+            )
+        return target.tolist()
+    if isinstance(target, numbers.Integral) and not isinstance(target, bool):
+        return int(target)
+    if hasattr(target, "tolist") or isinstance(target, (list, tuple, range)):
         items = target.tolist() if hasattr(target, "tolist") else list(target)
-        index = _index(items) if not isinstance(items, list) else torch.tensor(_ints(items), dtype=torch.long)
-    else:
-        raise TypeError(f"a target is an int, a list or tensor of ints, None or a function, not {target!r}")
-    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool or index.dim() > 1:
-        raise TypeError(
-            f"a tensor of targets holds one integer class a sample, not {index.dtype} of shape {tuple(index.shape)}"
-        )
-    return index.long()
+        return _ints(items) if isinstance(items, list) else _index(items)
+    raise TypeError(f"a target is an int, a list or tensor of ints, None or a function, not {target!r}")
 
 
 def _ints(items: list[Any]) -> list[int]:

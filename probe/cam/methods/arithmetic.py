@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from probe.cam.state import full_precision
+
 
 def resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:
     """Enlarge ``[B, C, *spatial]`` to `size` linearly in every dimension (corners not aligned)."""
@@ -53,7 +55,7 @@ def spatial_mean(x: Tensor) -> Tensor:
 
 def combine(weights: Tensor, activation: Tensor) -> Tensor:
     """Σ_k w_k A_k of weights ``[B, C]``."""
-    with torch.autocast(activation.device.type, enabled=False):
+    with full_precision([activation.device.type]):
         return torch.einsum("bc,bc...->b...", weights.to(activation.dtype), activation)
 
 
@@ -69,7 +71,7 @@ def double(x: Tensor) -> Tensor:
 
 def first_component(x: Tensor, centered: bool, toward: Tensor) -> Tensor:
     """x's positions ``[N, C]`` projected on their first right singular vector, ``[B, *spatial]``."""
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision([x.device.type]):
         points = double(x.flatten(2).transpose(1, 2))
         if centered:
             points = points - points.mean(1, keepdim=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from probe.cam.methods.arithmetic import checked, checked_pair, double, first_component, signed
+from probe.cam.state import full_precision
 
 
 def eigen_cam(activation: Tensor, *, centered: bool = False) -> Tensor:
@@ -68,7 +69,7 @@ def kpca_cam(
         ``[B, *spatial]``.
     """
     activation = checked(activation, "activation")
-    with torch.autocast(activation.device.type, enabled=False):
+    with full_precision([activation.device.type]):
         points = double(activation.flatten(2).transpose(1, 2))
         points = points - points.mean(1, keepdim=True)
         scale = 1 / points.shape[2] if gamma is None else gamma

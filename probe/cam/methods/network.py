@@ -10,6 +10,7 @@ from torch import Tensor
 from probe.cam.layout import Layout
 from probe.cam.methods.arithmetic import checked, ratio, resize
 from probe.cam.methods.gradient import grad_cam
+from probe.cam.state import full_precision
 
 
 def guided_grad_cam(activation: Tensor, gradient: Tensor, guided_gradient: Tensor, *, channels: bool = False) -> Tensor:
@@ -86,7 +87,7 @@ def attention_rollout(
         joined = weights.mean(1) if heads == "mean" else weights.amax(1) if heads == "max" else weights.amin(1)
         joined = (1 - residual) * joined + residual * torch.eye(joined.shape[-1]).to(joined)
         joined = joined / joined.sum(-1, keepdim=True)
-        with torch.autocast(joined.device.type, enabled=False):
+        with full_precision([joined.device.type]):
             rollout = joined if rollout is None else joined @ rollout
     if rollout is None:
         raise ValueError("attention_rollout was given no attention weights")
