@@ -17,7 +17,7 @@ from probe.cam import layout as layouts
 from probe.cam import targets
 from probe.cam.layout import Layout
 from probe.cam.methods.score import Rows
-from probe.cam.perturb import Progress, cheapest_trunk, masked, replaced, score_rows
+from probe.cam.perturb import Progress, cheapest_trunk, masked, pictured, replaced, score_rows
 from probe.cam.run import Run
 from probe.cam.spot import Spot, hand_on, pick, swap
 from probe.hooks import on_output
@@ -126,7 +126,8 @@ class Ingredients:
 
     def masked_score(self, masks: Rows, count: int, probability: bool = False) -> Tensor:
         """Scores ``[B, count]`` of the input times masks; ``masks(slice)`` makes some, ``[B, len(slice), *size]``."""
-        return self._scores(masks, count, functools.partial(masked, self._run), probability)
+        rows = masked(self._run, masks, self._sample)
+        return self._scores(rows, count, functools.partial(pictured, self._run), probability)
 
     def replaced_score(self, activations: Rows, count: int) -> Tensor:
         """Scores ``[B, count]`` when the layer returns other activations, ``[B, len(slice), C, *spatial]``."""

@@ -30,13 +30,13 @@ class Inputs:
     def of(self, samples: Tensor | slice) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Those of some samples: whatever has the batch in front is indexed."""
 
-        def pick(tensor: Tensor) -> Tensor:
-            if tensor.dim() == 0 or len(tensor) != self.batch:
-                return tensor
-            return tensor[samples if isinstance(samples, slice) else samples.to(tensor.device)]
-
-        args, kwargs = pytree.tree_map_only(Tensor, pick, (self.args, self.kwargs))
+        args, kwargs = pytree.tree_map_only(Tensor, lambda each: self._rows(each, samples), (self.args, self.kwargs))
         return args, kwargs
+
+    def _rows(self, tensor: Tensor, samples: Tensor | slice) -> Tensor:
+        if tensor.dim() == 0 or len(tensor) != self.batch:
+            return tensor
+        return tensor[samples if isinstance(samples, slice) else samples.to(tensor.device)]
 
     @property
     def has_image(self) -> bool:
@@ -67,10 +67,11 @@ class Inputs:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Those of `samples`, with the image replaced."""
         old, _, _ = self.image()
-        flat, spec = pytree.tree_flatten((self.args, self.kwargs))
-        new, _ = pytree.tree_flatten(self.of(samples))
-        swapped = [image if before is old else after for before, after in zip(flat, new, strict=True)]
-        args, kwargs = pytree.tree_unflatten(swapped, spec)
+
+        def swapped(tensor: Tensor) -> Tensor:
+            return image if tensor is old else self._rows(tensor, samples)
+
+        args, kwargs = pytree.tree_map_only(Tensor, swapped, (self.args, self.kwargs))
         return args, kwargs
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from probe.cam import targets
+from probe.cam.methods.score import Rows
 from probe.cam.run import Run, checked_scores
 from probe.cam.spot import Spot, pick, swap
 from probe.hooks import on_output
@@ -20,7 +21,7 @@ Progress = Callable[[Iterable[int], int], Iterable[int]]
 
 def score_rows(
     run: Run,
-    make: Callable[[slice], Tensor],
+    make: Rows,
     count: int,
     output_of: Callable[[Tensor, Tensor], Any],
     *,
@@ -42,14 +43,16 @@ def score_rows(
     samples = torch.arange(run.batch) if sample is None else torch.tensor([sample])
     step = max(1, run.batch_size // len(samples))
     chunks: Iterable[int] = range(0, count, step)
-    found = []
-    for start in progress(chunks, -(-count // step)) if progress else chunks:
-        block = make(slice(start, min(start + step, count)))
-        index = samples.repeat(block.shape[1])
-        output = output_of(block.transpose(0, 1).flatten(0, 1), index)  # whole batches, one after the other
-        scores = _scores(run, output, index, probability).detach().float()
-        found.append(scores.view(block.shape[1], -1).T)
-    return torch.cat(found, 1)
+
+    def scores_of(rows: slice) -> Tensor:  # a function of its own: of one chunk nothing is left when the next one runs
+        block = make(rows).transpose(0, 1).flatten(0, 1)  # whole batches, one after the other
+        index = samples.repeat(len(block) // len(samples))
+        scores = _scores(run, output_of(block, index), index, probability).detach().float()
+        return scores.view(-1, len(samples)).T
+
+    if progress:
+        chunks = progress(chunks, -(-count // step))
+    return torch.cat([scores_of(slice(start, min(start + step, count))) for start in chunks], 1)
 
 
 def _scores(run: Run, output: Any, samples: Tensor, probability: bool) -> Tensor:
@@ -79,11 +82,16 @@ def _rows_of(output: Any, start: int, count: int, total: int) -> Any:
     return pytree.tree_map(cut, output, is_leaf=is_list)
 
 
-def masked(run: Run, masks: Tensor, samples: Tensor) -> Any:
-    """The output for the inputs of `samples` times `masks` ``[rows, *size]``."""
+def masked(run: Run, masks: Rows, sample: int | None) -> Rows:
+    """The image, or that of one sample, times each of `masks`: ``[B, len(slice), ...]``."""
     image, _, last = run.inputs.image()
-    rows = image[samples.to(image.device)] * masks.to(image.dtype).unsqueeze(-1 if last else 1)
-    args, kwargs = run.inputs.with_image(rows, samples)
+    image = (image if sample is None else image[sample : sample + 1]).unsqueeze(1)
+    return lambda rows: image * masks(rows).to(image.dtype).unsqueeze(-1 if last else 2)
+
+
+def pictured(run: Run, images: Tensor, samples: Tensor) -> Any:
+    """The output for other images, and what else the model is given for these samples."""
+    args, kwargs = run.inputs.with_image(images, samples)
     return run.model(*args, **kwargs)
 
 
