@@ -96,7 +96,8 @@ def _end(process: subprocess.Popen[str]) -> None:
     """End the process and, where the system has groups of them, what it started."""
     if process.poll() is None:
         if hasattr(os, "killpg"):
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # the timer's thread was quicker
+                os.killpg(process.pid, signal.SIGKILL)
         else:
             process.kill()
         process.wait()

@@ -5,9 +5,9 @@
 Error: the largest difference from the oracle (``torch.autograd.grad`` on the network cut in two by hand), as a share of
 the map's maximum; peers return maps after ReLU and scaling to 0..1, so all are compared like that. Time: the ratio of
 interleaved pairs, peer / `probe`, above 1 where `probe` is faster; for `probe` itself, its time / that of a plain
-forward without a graph. Peak: memory beyond what was resident before, in a process of its own, measured by the kernel
-(Linux). Left: what differs on a model in train mode, half of it frozen, with gradients, after one explanation. Random
-weights, on the CPU; GPUs are not measured here.
+forward without a graph. Peak: memory beyond what was resident before, in a process of its own whose freed memory goes
+back at once, measured by the kernel (Linux). Left: what differs on a model in train mode, half of it frozen, with
+gradients, after one explanation. Random weights, on the CPU; GPUs are not measured here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from benchmarks import apart, command
 from benchmarks.command import Results, progress
-from benchmarks.timing import Ratio, compare
+from benchmarks.timing import Ratio, compare, returning, steady
 from probe import cam
 
 LIBRARIES = ("probe", "grad-cam", "torchcam", "captum")  # as pip calls them
@@ -260,7 +260,9 @@ def measure(library: str, method: str, work: Work, seconds: float, least: int) -
 def worker(order: dict[str, Any]) -> None:
     """Do what an order says, method by method."""
     work, library = Work(*order["work"]), order["library"]
-    torch.set_num_threads(order["threads"])
+    steady(order["threads"])
+    if order["what"] == "memory":
+        returning()
 
     def row(method: str) -> dict[str, Any] | None:
         if order["what"] == "memory":
