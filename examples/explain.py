@@ -11,6 +11,7 @@ pretrained weights can be had. In the table, a faithful map has a low deletion, 
 from __future__ import annotations
 
 import argparse
+import socket
 import sys
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def reader() -> tuple[nn.Module, Tensor, list[str]]:
 def load(name: str, quick: bool) -> nn.Module:
     """The network in eval mode, pretrained where the weights can be had."""
     if not quick:
+        socket.setdefaulttimeout(10)  # seconds: torchvision waits for ever for a network that does not answer
         try:
             return models.get_model(name, weights="DEFAULT").eval()
         except OSError as error:

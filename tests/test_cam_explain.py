@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -305,6 +306,23 @@ def test_score_cam_is_a_loop_over_masked_inputs(batch_size: int) -> None:
 
 
 @quiet
+@pytest.mark.parametrize("method", [cam.score_cam, cam.ablation_cam])
+def test_of_one_chunk_nothing_is_left_when_the_next_one_runs(method: Callable[..., Tensor]) -> None:
+    model, x, layer = model_for(method.__name__)
+    seen: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def note(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        alive.append(sum(each() is not None for each in seen))
+        seen.extend(weakref.ref(each) for each in (args[0], output) if each is not x)
+
+    model.register_forward_hook(note)
+    cam.explain(model, x, layer=layer, target=1, method=method, batch_size=2)
+    assert len(alive) > 6
+    assert max(alive) <= 1  # the logits of the first run, unchanged
+
+
+@quiet
 def test_is_cam_averages_scores_of_masks_that_fade_in() -> None:
     model, x, layer = model_for("is_cam")
     with torch.no_grad():
@@ -504,6 +522,34 @@ def test_maths_under_autocast_is_exact_on_stored_tensors() -> None:
         expected = method(a, g)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(method(a, g), expected)
+
+
+@quiet
+def test_a_function_inside_the_model_that_is_compiled_runs_eagerly() -> None:
+    """The model's own modules are not compiled, and nothing is said: but hooks would not fire in that function."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    x = torch.randn(2, 3, 8, 8)
+    expected = cam.explain(model, x, layer="0", target=1)
+    forward = torch.compile(model.forward, backend="eager")
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return forward(x)
+
+    outer = Outer()
+    outer(x)
+    torch.testing.assert_close(cam.explain(outer, x, layer="inner.0", target=1), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_a_scripted_layer_is_refused() -> None:
+    model = nn.Sequential(torch.jit.script(nn.Conv2d(3, 4, 3)), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    with pytest.raises(TypeError, match="'0': torch puts no hooks on ScriptModules"):
+        cam.explain(model, torch.randn(2, 3, 8, 8), layer="0", target=1)
 
 
 @quiet
