@@ -291,7 +291,7 @@ def rows_of(work: Work, library: str, options: argparse.Namespace) -> list[dict[
     if version(library) is None:
         return [{**start, "method": "", "failed": f"not installed: pip install {library}"}]
     methods = (*work.methods, *work.errors)
-    seconds, least = (0.3, 5) if options.quick else (4.0, 3 if "score_cam" in methods else 5)
+    seconds, least = (0.3 if options.quick else 4.0), 5
     found = []
     measured = ask(work, methods, what="measure", seconds=seconds, least=least, **order)
     for method, row in zip(methods, measured, strict=True):
