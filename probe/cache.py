@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
@@ -14,6 +15,11 @@ from probe.capture import Kind
 from probe.graph import version
 from probe.sketch import Sketch
 from probe.tree import local
+
+FLOWING = 16
+"""Of so many activations and gradients the sketches are remembered, the latest ones."""
+
+Made = TypeVar("Made")
 
 
 class StepCache(Receiver):
@@ -27,9 +33,10 @@ class StepCache(Receiver):
     def __init__(self) -> None:
         self.binned = False  # whether a sketch of this step's activations and gradients is to have its histogram anyway
         self._pools = {binned: sketch.Pool(histogram=binned) for binned in (True, False)}
-        self._sketches: dict[int, tuple[weakref.ref[Tensor], int, Any, Sketch | None]] = {}
-        self._copies: dict[int, tuple[weakref.ref[Tensor], int, None, weakref.ref[Tensor]]] = {}
-        self._updates: dict[int, tuple[weakref.ref[Tensor], int, None, Tensor]] = {}
+        self._flowing: _Known[Sketch] = _Known(FLOWING)
+        self._parameters: _Known[Sketch] = _Known()
+        self._copies: _Known[weakref.ref[Tensor]] = _Known()
+        self._updates: _Known[Tensor] = _Known()
 
     def sketch(
         self, tensor: Tensor, place: tuple[Call, Kind], copy: Tensor | None = None, *, histogram: bool
@@ -44,10 +51,10 @@ class StepCache(Receiver):
         """
         call, kind = place
         hook = (weakref.ref(call), kind) if kind in Kind.INPUT | Kind.OUTPUT else None
-        made: Sketch | None = _find(self._sketches, tensor, hook)
+        made = self._flowing.find(tensor, hook)
         if made is None or (histogram and not made.binned):
             made = self.fresh(tensor if copy is None else copy, fixed=copy is not None, histogram=histogram)
-            self._sketches[id(tensor)] = weakref.ref(tensor), version(tensor), hook, made
+            self._flowing.keep(tensor, made, hook)
         return made if histogram or made is None else made.moments()
 
     def fresh(self, value: Tensor, *, fixed: bool, histogram: bool) -> Sketch | None:
@@ -55,36 +62,36 @@ class StepCache(Receiver):
         return self._pools[histogram or self.binned].of(value, fixed=fixed)
 
     def sketches(self, tensors: Sequence[Tensor], values: Sequence[Tensor], *, histogram: bool) -> list[Sketch | None]:
-        """The sketches of many tensors, those that are not known in few launches.
+        """The sketches of parameters, their gradients or updates, those that are not known in few launches.
 
         Arguments:
             tensors: by which they are known.
             values: what there is to read of each.
             histogram: as of `sketch`.
         """
-        found = [_find(self._sketches, tensor) for tensor in tensors]
+        found = [self._parameters.find(tensor) for tensor in tensors]
         new = [i for i, made in enumerate(found) if made is None or (histogram and not made.binned)]
         for i, made in zip(new, sketch.of_many([values[i] for i in new], histogram=histogram), strict=True):
             found[i] = made
-            self._sketches[id(tensors[i])] = weakref.ref(tensors[i]), version(tensors[i]), None, made
+            self._parameters.keep(tensors[i], made)
         return [made if histogram or made is None else made.moments() for made in found]
 
     def copy(self, parameter: Tensor) -> Tensor:
         """This rank's values of a parameter as they are now, not to be written to; the same as long as one is held."""
-        held = _find(self._copies, parameter)
-        copied: Tensor | None = None if held is None else held()
+        held = self._copies.find(parameter)
+        copied = None if held is None else held()
         if copied is None:
             # a clone, not copy-on-write: the parameter's own memory must stay where it is
             copied = local(parameter.detach()).clone()
-            self._copies[id(parameter)] = weakref.ref(parameter), version(parameter), None, weakref.ref(copied)
+            self._copies.keep(parameter, weakref.ref(copied))
         return copied
 
     def update(self, parameter: Tensor, before: Tensor) -> Tensor:
         """What was added to a parameter since `copy` gave `before`; held until the next optimizer or step."""
-        update: Tensor | None = _find(self._updates, parameter)
+        update = self._updates.find(parameter)
         if update is None:
             update = local(parameter.detach()) - before
-            self._updates[id(parameter)] = weakref.ref(parameter), version(parameter), None, update
+            self._updates.keep(parameter, update)
         return update
 
     def active(self, step: int) -> bool:
@@ -98,14 +105,30 @@ class StepCache(Receiver):
     def end_step(self, step: int, *, stepped: bool) -> None:
         """Let go of everything."""
         self.binned = False
-        self._sketches.clear()
-        self._copies.clear()
-        self._updates.clear()
+        for known in (self._flowing, self._parameters, self._copies, self._updates):
+            known.clear()
 
 
-def _find(known: dict[int, tuple[weakref.ref[Tensor], int, Any, Any]], tensor: Tensor, hook: Any = None) -> Any:
-    """What is known of the very tensor, unless somebody wrote to it since."""
-    entry = known.get(id(tensor))
-    if entry is None or entry[0]() is not tensor or entry[1] != version(tensor) or entry[1] < 0 or entry[2] != hook:
-        return None
-    return entry[3]
+class _Known(OrderedDict[int, tuple[weakref.ref[Tensor], int, Any, Made | None]], Generic[Made]):
+    """What was made of the very tensors, until somebody writes to them.
+
+    Arguments:
+        most: so many are kept, the latest ones; None for all.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        super().__init__()
+        self._most = most
+
+    def find(self, tensor: Tensor, place: Any = None) -> Made | None:
+        """What was kept of the tensor at that place; None where it was written to since, or that can't be known."""
+        entry = self.get(id(tensor))
+        if entry is None or entry[0]() is not tensor or entry[1] != version(tensor) or entry[1] < 0:
+            return None
+        return entry[3] if entry[2] == place else None
+
+    def keep(self, tensor: Tensor, made: Made | None, place: Any = None) -> None:
+        """Remember what was made of the tensor."""
+        self[id(tensor)] = weakref.ref(tensor), version(tensor), place, made
+        if self._most is not None and len(self) > self._most:
+            self.popitem(last=False)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from probe import Board, Capture, Kind, Probe, health, histogram, sketch, stats, summary
-from probe.cache import StepCache
+from probe.cache import FLOWING, StepCache
 
-PLACE: Any = (None, Kind.GRAD_OUTPUT)
+PLACE: Any = (lambda: None, Kind.GRAD_OUTPUT)
 
 
 class Counter:
@@ -41,7 +41,6 @@ def test_a_tensor_is_sketched_once_until_somebody_writes_to_it(counter: Counter)
     first = cache.sketch(x, PLACE, histogram=True)
     assert first is not None
     assert cache.sketch(x, PLACE, histogram=True) is first
-    assert cache.sketches([x, x], [x, x], histogram=True) == [first, first]
     fewer = cache.sketch(x, PLACE, histogram=False)
     assert fewer is not None
     assert not fewer.binned
@@ -57,8 +56,10 @@ def test_a_sketch_without_a_histogram_is_made_again_for_who_wants_one() -> None:
     cache, x = StepCache(), torch.arange(12.0)
     assert not cache.sketch(x, PLACE, histogram=False).binned  # type: ignore[union-attr]
     assert cache.sketch(x, PLACE, histogram=True).binned  # type: ignore[union-attr]
+    assert not cache.sketches([x], [x], histogram=False)[0].binned  # type: ignore[union-attr]
     (made,) = cache.sketches([x], [x], histogram=True)
-    assert made is cache.sketch(x, PLACE, histogram=True)
+    assert made.binned  # type: ignore[union-attr]
+    assert cache.sketches([x, x], [x, x], histogram=True) == [made, made]
 
 
 def test_the_moments_of_a_sketch_that_waits_wait_with_it(counter: Counter) -> None:
@@ -109,6 +110,13 @@ def test_under_vmap_an_in_place_module_changes_what_is_sketched(tmp_path: Path) 
     assert least["0"] < least["1"] == 0
 
 
+def test_of_activations_few_are_remembered() -> None:
+    cache, tensors = StepCache(), torch.randn(2 * FLOWING, 3).unbind()
+    first = [cache.sketch(tensor, PLACE, histogram=True) for tensor in tensors]
+    again = [cache.sketch(tensor, PLACE, histogram=True) for tensor in reversed(tensors)]
+    assert [a is b for a, b in zip(first, reversed(again), strict=True)] == [False] * FLOWING + [True] * FLOWING
+
+
 def test_what_nobody_can_read_is_remembered_as_nothing() -> None:
     cache, x = StepCache(), torch.empty(3, device="meta")
     assert cache.sketch(x, PLACE, histogram=True) is None
@@ -140,11 +148,12 @@ def test_updates_are_let_go_of_at_the_next_optimizer_and_everything_at_the_end_o
     assert update() is None
     cache.binned = True
     cache.sketch(parameter, PLACE, histogram=True)
+    cache.sketches([parameter], [parameter], histogram=True)
+    cache.copy(parameter)
+    cache.update(parameter, torch.zeros(3))
     cache.end_step(0, stepped=True)
     assert not cache.binned
-    assert not (cache._sketches)
-    assert not (cache._copies)
-    assert not (cache._updates)
+    assert not any((cache._flowing, cache._parameters, cache._copies, cache._updates))
 
 
 def test_logs_and_health_checks_share_what_they_sketch(tmp_path: Path, counter: Counter) -> None:
