@@ -13,6 +13,7 @@ from torch import nn
 from probe.capture import Kind, Layer
 from probe.findings import Findings
 from probe.graph import Edges
+from probe.tree import snapshot
 
 UNSET: Any = type("Unset", (), {"__repr__": lambda self: "<not captured>", "__bool__": lambda self: False})()
 """Stands where nothing was captured."""
@@ -70,9 +71,11 @@ class Pass:
         "events",
         "handles",
         "info",
+        "newest",
         "open",
         "outermost",
         "raw",
+        "sharing",
         "stack",
         "storages",
     )
@@ -87,16 +90,23 @@ class Pass:
         self.events: list[Any] = []  # what the store saw, in order of time
         self.stack: list[list[Any]] = []  # of tap, call, and the edges of its inputs or None
         self.storages: dict[int, str] = {}
+        self.newest: Any = None  # the live tensor of the last event, and that event, while the pass runs
+        self.sharing: list[Call] = []  # whose argument is the snapshot of another call's output
         self.raw: list[tuple[Any, torch.UntypedStorage, torch.Tensor, int]] = []
 
     def settle(self) -> None:
-        """Make calls of what the short hooks logged since the last time, in order."""
-        if self.raw:
-            with _settling:
-                entries = self.raw[:]
-                del self.raw[: len(entries)]  # the same list: its append is bound in the running thread
-                for tap, *entry in entries:
-                    tap.short.settle(self, self._call(tap.layer), *entry)
+        """Make what is kept ready to be read: calls of what the short hooks logged, in order; no snapshot shared."""
+        self.newest = None
+        if not self.raw and not self.sharing:
+            return
+        with _settling:
+            entries = self.raw[:]
+            del self.raw[: len(entries)]  # the same list: its append is bound in the running thread
+            for tap, *entry in entries:
+                tap.short.settle(self, self._call(tap.layer), *entry)
+            while self.sharing:
+                call = self.sharing.pop()
+                call.args = (snapshot(call.args[0]),)
 
     def call(self, layer: Layer) -> Call:
         if self.raw:
@@ -111,10 +121,11 @@ class Pass:
 
     def pop(self, tap: Any) -> tuple[Call, Edges | None] | None:
         """The innermost open call of the tap; calls above it were left by an exception."""
-        for depth in range(len(self.stack) - 1, -1, -1):
-            if self.stack[depth][0] is tap:
-                call, edges = self.stack[depth][1:]
-                del self.stack[depth:]
+        stack = self.stack
+        for depth in range(len(stack) - 1, -1, -1):
+            owner, call, edges = stack[depth]
+            if owner is tap:
+                del stack[depth:]
                 return call, edges
         return None
 

@@ -133,7 +133,7 @@ class Tap:
         """
         session, local, owner, taker = self.session, self.session.local, self.layer.module, self.short
         plain = torch.Tensor
-        ready = False  # learned on the long way: here snapshots share memory until somebody writes
+        taker.shares = ready = False  # learned on the long way: here snapshots share memory until somebody writes
 
         def short(module: nn.Module, args: Any, output: Any) -> Any:
             nonlocal ready
@@ -144,9 +144,10 @@ class Tap:
                 return result
             try:
                 storage = output.untyped_storage()  # first: wrappers of torch.func refuse it
+                count = output._version if session.versions else -1
                 if output.requires_grad:
-                    output = output.detach()
-                log((self, storage, output._lazy_clone(), output._version if session.versions else -1))
+                    output = output.data  # costs less than detach(), as it is no operation; it counts its own versions
+                log((self, storage, output._lazy_clone(), count))
             except (RuntimeError, NotImplementedError):
                 return after(module, args, output)
             return None
@@ -283,7 +284,8 @@ class Tap:
                 self._hook_inputs(handles, call, tensors, edges, at_input)
             if at_output is not None:
                 for path, tensor in tensors:
-                    if tensor.grad_fn is None:  # a leaf of the user's or the model's: leave it as it was, and soon
+                    node = tensor.grad_fn
+                    if node is None:  # a leaf of the user's or the model's: leave it as it was, and soon
                         hook_leaf(tensor, Hook(at_output, call, path))
                         continue
                     deliver = at_output
@@ -294,7 +296,7 @@ class Tap:
                         if view.base is not None:
                             whole: Any = tensor._base
                             handles.append(whole.grad_fn.register_prehook(Hook(view.at_base, call, path)))
-                    handles.append(on_gradient_of(tensor, Hook(deliver, call, path)))
+                    handles.append(on_gradient_of(tensor, node, Hook(deliver, call, path)))
                     if edited:
                         _run_first(handles[-1])
 
@@ -640,9 +642,8 @@ def on_step(optimizer: torch.optim.Optimizer, before: Callable[..., Any], after:
     return [optimizer.register_step_pre_hook(Hook(before)), optimizer.register_step_post_hook(Hook(after))]
 
 
-def on_gradient_of(tensor: torch.Tensor, hook: Hook) -> Any:
-    """Put a hook on a tensor; the handle."""
-    node = tensor.grad_fn
+def on_gradient_of(tensor: torch.Tensor, node: Any, hook: Hook) -> Any:
+    """Put a hook on a tensor, whose ``grad_fn`` is `node`; the handle."""
     if node is None or tensor._backward_hooks is not None or type(tensor) is not torch.Tensor:
         return tensor.register_hook(hook)
     # The first hook of a tensor is put on as register_hook does it, but with a handle that costs a tenth of torch's.

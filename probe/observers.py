@@ -314,15 +314,16 @@ class Store(Receiver):
 
 
 class _TakeOutput:
-    """Keeps outputs. Once a snapshot of the layer's output was copy-on-write, `shares` allows the short hook."""
+    """Keeps outputs. `shares` says to a short hook, which it is None without, whether the last was copy-on-write."""
 
     def __init__(self) -> None:
-        self.shares = False
+        self.shares: bool | None = None
 
     def __call__(self, pass_: Pass, call: Call, value: Any) -> None:
         call.output = _keep(pass_, _OUTPUT, call, value)
-        plain = type(value) is torch.Tensor and isinstance(call.output, torch.Tensor)
-        self.shares = plain and _shares(value, call.output)
+        if self.shares is not None:
+            plain = type(value) is torch.Tensor and isinstance(call.output, torch.Tensor)
+            self.shares = plain and _shares(value, call.output)
 
     def settle(self, pass_: Pass, call: Call, storage: torch.UntypedStorage, kept: torch.Tensor, count: int) -> None:
         """Take what the short hook logged."""
@@ -346,11 +347,14 @@ def _keep(pass_: Pass, kind: Kind, call: Call, value: Any, prefix: str = "") -> 
             storage = value.untyped_storage()
             small = storage.nbytes() <= 4 * value.nbytes + 4096
             if small and storage._cdata not in call.info.fixed and type(value._base) is not nn.Parameter:
-                kept = (value.detach() if value.requires_grad else value)._lazy_clone()
-                pass_.events.append((kind, call, prefix, kept, storage, version(value), None))
+                kept = (value.data if value.requires_grad else value)._lazy_clone()
+                event = kind, call, prefix, kept, storage, version(value), None
+                pass_.events.append(event)
+                pass_.newest = value, event
                 return kept
         except (RuntimeError, NotImplementedError):
             pass
+    pass_.newest = None
 
     def visit(path: str, tensor: torch.Tensor) -> torch.Tensor | None:
         tensor = local(tensor)
@@ -368,9 +372,24 @@ def _keep(pass_: Pass, kind: Kind, call: Call, value: Any, prefix: str = "") -> 
 
 def _take_input(pass_: Pass, call: Call, value: Any) -> None:
     args, kwargs = value
-    # one positional argument, nearly always: not walked as a tuple
-    call.args = (_keep(pass_, _INPUT, call, args[0]),) if len(args) == 1 else _keep(pass_, _INPUT, call, args)
+    newest = pass_.newest
+    if len(args) != 1:
+        call.args = _keep(pass_, _INPUT, call, args)
+    elif newest is not None and newest[0] is args[0] and _unchanged(*newest):
+        # what the layer before returned: one snapshot serves both, until somebody reads
+        _, _, _, kept, storage, count, _ = newest[1]
+        call.args = (kept,)
+        pass_.events.append((_INPUT, call, "", kept, storage, count, None))
+        pass_.sharing.append(call)
+    else:  # one argument, nearly always: not walked as a tuple
+        call.args = (_keep(pass_, _INPUT, call, args[0]),)
     call.kwargs = _keep(pass_, _INPUT, call, kwargs, "kwargs") if kwargs else {}
+
+
+def _unchanged(tensor: torch.Tensor, seen: tuple[Any, ...]) -> bool:
+    """Whether a tensor is as it was when it was last captured, also for writes that torch counts no version of."""
+    _, _, _, kept, _, count, _ = seen
+    return bool(count == version(tensor) != -1 and data_address(tensor) == data_address(kept))
 
 
 def _backward(call: Call, number: int) -> Backward:

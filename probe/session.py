@@ -146,6 +146,7 @@ class Session:
         for pass_ in active:
             pass_.open = False
             pass_.stack.clear()
+            pass_.newest = None
         self.local.current = self.local.log = None
         self.local.replay_stack = ()
         for handles in lists:
@@ -252,6 +253,7 @@ class Session:
         self.whole_passes += whole and pass_.open
         self.local.current = self.local.log = None
         pass_.stack.clear()
+        pass_.newest = None
         with self._lock:
             self._active.discard(pass_)
         if self.resting:
@@ -285,7 +287,7 @@ class Session:
 
     def hook_leaf(self, tensor: torch.Tensor, hook: Any) -> None:
         had_none = tensor._backward_hooks is None
-        handle = on_gradient_of(tensor, hook)
+        handle = on_gradient_of(tensor, None, hook)
         with self._lock:
             self._leaves.setdefault(threading.get_ident(), []).append((handle, tensor, had_none))
 

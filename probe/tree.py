@@ -9,7 +9,7 @@ import dataclasses
 import enum
 import sys
 import types
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -93,7 +93,9 @@ _SOLE = Slot("")
 
 def shape(value: Any) -> Any:
     """The structure of `value` with a `Slot` in place of every tensor."""
-    return _SOLE if isinstance(value, torch.Tensor) else rebuild(value, lambda path, _: Slot(path))
+    if type(value) is torch.Tensor or isinstance(value, torch.Tensor):  # isinstance of a tensor is slow
+        return _SOLE
+    return rebuild(value, lambda path, _: Slot(path))
 
 
 def fill(shape_: Any, tensors: Mapping[str, torch.Tensor], prefix: str = "") -> Any:
@@ -201,7 +203,7 @@ def _of_its_class(
     return new
 
 
-def snapshot(tensor: torch.Tensor, fixed: Container[int] = ()) -> torch.Tensor | None:
+def snapshot(tensor: torch.Tensor, fixed: Collection[int] = ()) -> torch.Tensor | None:
     """A detached copy that later writes to `tensor` cannot reach; None for a tensor without values (FakeTensor).
 
     Copy-on-write where torch can (``torch._lazy_clone``: shares the memory until somebody writes), else a clone:
@@ -215,8 +217,9 @@ def snapshot(tensor: torch.Tensor, fixed: Container[int] = ()) -> torch.Tensor |
         try:
             storage = tensor.untyped_storage()  # refused where there is none, and by wrappers of torch.func
             small = storage.nbytes() <= 4 * tensor.nbytes + 4096
-            detached = tensor.detach() if tensor.requires_grad else tensor
-            if small and storage._cdata not in fixed and type(tensor._base) is not torch.nn.Parameter:
+            detached = tensor.data if tensor.requires_grad else tensor
+            own = not (fixed and storage._cdata in fixed)
+            if small and own and type(tensor._base) is not torch.nn.Parameter:
                 return detached._lazy_clone()  # the method costs less than the function
             return detached.clone()
         except (RuntimeError, NotImplementedError):

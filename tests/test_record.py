@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import html.parser
@@ -9,6 +10,8 @@ import math
 import pickle
 import re
 import types
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -290,6 +293,68 @@ def test_reading_while_the_forward_runs() -> None:
         model(x)
     assert torch.equal(seen["first"], p["first"].output)
     assert torch.equal(seen["input"], x)
+
+
+def test_inputs_are_their_own_though_captured_with_the_output_before() -> None:
+    """Writing to a record's tensor, as a plot may, changes no other record; also of one that was read in mid-pass."""
+    read: list[torch.Tensor] = []
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Tanh()))
+    with Probe(model, "*", exclude="") as p:
+        model[1].register_forward_pre_hook(lambda module, args: read.append(p["0"].output))
+        hidden = model[0](x := torch.randn(1, 2)).detach()
+        model(x)
+    read[0].zero_()
+    assert torch.equal(p["1"].input, hidden)
+    p["1"].input.zero_()
+    assert torch.equal(p["1.0"].input, hidden)
+
+
+@pytest.mark.parametrize(
+    ("between", "grad"),
+    [
+        (lambda h: h.add_(1), True),
+        (lambda h: h.data.add_(1), True),
+        (lambda h: h.t_(), True),
+        (lambda h: h.t_(), False),
+        (lambda h: h.untyped_storage().fill_(1), True),
+    ],
+    ids=["in place", "behind autograd's back", "other geometry", "other geometry, inference", "through the storage"],
+)
+def test_writes_between_an_output_and_the_next_input(between: Callable[[torch.Tensor], Any], grad: bool) -> None:
+    """The same tensor is captured twice, and each time as it was."""
+    seen: list[torch.Tensor] = []
+
+    def write(module: nn.Module, args: tuple[torch.Tensor]) -> None:
+        between(args[0])
+        seen.append(args[0].detach().clone())
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+    handle = model[1].register_forward_pre_hook(write)
+    with Probe(model) as p, torch.inference_mode(not grad):
+        before = model[0](x := torch.randn(2, 2)).detach().clone()
+        model(x)
+    handle.remove()
+    assert torch.equal(p["0"].output, before)
+    assert torch.equal(p["1"].input, seen[0])
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_no_live_tensor_outlives_the_pass(raises: bool) -> None:
+    """Of a graph that the user lets go, nothing is left once the forward is over."""
+    graph: list[weakref.ref[Any]] = []
+
+    def note(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        graph.append(weakref.ref(output))
+        if raises:
+            raise ValueError
+
+    model = nn.Sequential(nn.Linear(2, 2))
+    with Probe(model, "*"):
+        handle = model[0].register_forward_hook(note)
+        with contextlib.suppress(ValueError):
+            model(torch.randn(1, 2))
+        assert graph[0]() is None
+        handle.remove()
 
 
 # -- mappings ----------------------------------------------------------------------------------------------------------

@@ -374,10 +374,10 @@ def test_the_first_hook_of_a_tensor_is_like_any_other() -> None:
     seen: list[str] = []
     x = torch.ones(1, requires_grad=True)
     y = x * 2
-    ours = on_gradient_of(y, Hook(lambda g: seen.append(f"ours {g.item():g}")))
+    ours = on_gradient_of(y, y.grad_fn, Hook(lambda g: seen.append(f"ours {g.item():g}")))
     y.register_hook(lambda g: seen.append("theirs"))
     z = y.mul_(3)
-    second = on_gradient_of(z, Hook(lambda g: seen.append(f"after {g.item():g}")))
+    second = on_gradient_of(z, z.grad_fn, Hook(lambda g: seen.append(f"after {g.item():g}")))
     z.sum().backward(retain_graph=True)
     assert seen == ["after 1", "ours 3", "theirs"]
     ours.remove()
