@@ -51,8 +51,10 @@ class Edges:
         found: dict[tuple[Any, int], Consumers] = {}
         waiting = [node for node, _ in ends]
         for each in module.modules() if module._modules else (module,):
-            kept = [value for value in each.__dict__.values() if type(value) is tensor_type]
-            waiting.extend(value.grad_fn for value in kept if value.grad_fn is not None)
+            values = each.__dict__.values()
+            if tensor_type in map(type, values):
+                kept = [value for value in values if type(value) is tensor_type]
+                waiting.extend(value.grad_fn for value in kept if value.grad_fn is not None)
         seen = set(waiting)
         while waiting:
             node = waiting.pop()
@@ -61,6 +63,7 @@ class Edges:
             for position, key in enumerate(node.next_functions):
                 if key in own:
                     found.setdefault(key, (own[key], []))[1].append((node, position))
+                    continue
                 after = key[0]
                 # nothing lies beyond a leaf, or where no gradient goes
                 if after is not None and type(after) is not accumulate and after not in seen:

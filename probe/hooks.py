@@ -23,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from probe.calls import Call, Pass, PassInfo, StopForward
 from probe.capture import Kind, Layer
 from probe.graph import Base, Edges, edge, version
-from probe.tree import input_leaves, inputs, leaves, rebuild, shape, snapshot, storage_of
+from probe.tree import SOLE, input_leaves, inputs, leaves, rebuild, shape, snapshot, storage_of
 
 graph_task: Callable[[], int] = torch._C._current_graph_task_id
 _sequence_number: Callable[[], int] = torch._C._autograd._get_sequence_nr
@@ -269,10 +269,11 @@ class Tap:
         edited, replaced = bool(self.edits.get(Kind.GRAD_OUTPUT)), bool(self.edits.get(Kind.OUTPUT))
 
         def hook(handles: list[Any], call: Call, output: Any, edges: Edges | None) -> None:
-            call.shape_out = shape(output)
             if type(output) is tensor_type:
+                call.shape_out = SOLE
                 tensors = [("", output)] if output.requires_grad else []
             else:
+                call.shape_out = shape(output)
                 tensors = [(path, tensor) for path, tensor in leaves(output) if tensor.requires_grad]
             if not tensors:
                 if not torch.is_grad_enabled() and call.info.grad_enabled:  # perhaps a reentrant checkpoint's first run

@@ -88,13 +88,14 @@ class Slot:
         self.path = path
 
 
-_SOLE = Slot("")
+SOLE = Slot("")
+"""The `shape` of a single tensor."""
 
 
 def shape(value: Any) -> Any:
     """The structure of `value` with a `Slot` in place of every tensor."""
     if type(value) is torch.Tensor or isinstance(value, torch.Tensor):  # isinstance of a tensor is slow
-        return _SOLE
+        return SOLE
     return rebuild(value, lambda path, _: Slot(path))
 
 
@@ -279,7 +280,5 @@ def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage | None:
         return None
 
 
-def data_address(tensor: torch.Tensor) -> int:
-    """Where the first element lies. Unlike ``data_ptr()`` this does not count as a write to a copy-on-write tensor."""
-    address: int = torch._C._data_address(tensor)  # type: ignore[attr-defined]
-    return address
+data_address: Callable[[torch.Tensor], int] = torch._C._data_address  # type: ignore[attr-defined]
+"""Where the first element lies. Unlike ``data_ptr()`` this does not count as a write to a copy-on-write tensor."""
