@@ -389,7 +389,8 @@ def _take_input(pass_: Pass, call: Call, value: Any) -> None:
 def _unchanged(tensor: torch.Tensor, seen: tuple[Any, ...]) -> bool:
     """Whether a tensor is as it was when it was last captured, also for writes that torch counts no version of."""
     _, _, _, kept, _, count, _ = seen
-    return count == version(tensor) and count != -1 and data_address(tensor) == data_address(kept)
+    same = count == version(tensor) and count != -1 and data_address(tensor) == data_address(kept)
+    return same and tensor.stride() == kept.stride() and tensor.shape == kept.shape  # not so after x.data = x.data.t()
 
 
 def _backward(call: Call, number: int) -> Backward:

@@ -317,8 +317,16 @@ def test_inputs_are_their_own_though_captured_with_the_output_before() -> None:
         (lambda h: h.t_(), True),
         (lambda h: h.t_(), False),
         (lambda h: h.untyped_storage().fill_(1), True),
+        (lambda h: setattr(h, "data", h.data.t()), True),
     ],
-    ids=["in place", "behind autograd's back", "other geometry", "other geometry, inference", "through the storage"],
+    ids=[
+        "in place",
+        "behind autograd's back",
+        "other geometry",
+        "other geometry, inference",
+        "through the storage",
+        "another view as data",
+    ],
 )
 def test_writes_between_an_output_and_the_next_input(between: Callable[[torch.Tensor], Any], grad: bool) -> None:
     """The same tensor is captured twice, and each time as it was."""
