@@ -31,6 +31,7 @@ class StepCache(Receiver):
     """
 
     def __init__(self) -> None:
+        self.users = 0  # receivers that use it: one alone asks for each thing once, so nothing is remembered
         self.binned = False  # whether a sketch of this step's activations and gradients is to have its histogram anyway
         self._pools = {binned: sketch.Pool(histogram=binned) for binned in (True, False)}
         self._flowing: _Known[Sketch] = _Known(FLOWING)
@@ -49,17 +50,20 @@ class StepCache(Receiver):
             copy: the same values in memory that nobody writes to, where there is one.
             histogram: whether there is to be one.
         """
+        if self.users < 2:
+            return self._pools[histogram].of(tensor if copy is None else copy, fixed=copy is not None)
         call, kind = place
         hook = (weakref.ref(call), kind) if kind in Kind.INPUT | Kind.OUTPUT else None
         made = self._flowing.find(tensor, hook)
         if made is None or (histogram and not made.binned):
-            made = self.fresh(tensor if copy is None else copy, fixed=copy is not None, histogram=histogram)
+            pool = self._pools[histogram or self.binned]
+            made = pool.of(tensor if copy is None else copy, fixed=copy is not None)
             self._flowing.keep(tensor, made, hook)
         return made if histogram or made is None else made.moments()
 
-    def fresh(self, value: Tensor, *, fixed: bool, histogram: bool) -> Sketch | None:
-        """The sketch of what is not to be found again; `fixed`: nobody writes to it."""
-        return self._pools[histogram or self.binned].of(value, fixed=fixed)
+    def fresh(self, value: Tensor) -> Sketch | None:
+        """The sketch, with its histogram, of a value that nobody writes to, and that is not to be found again."""
+        return self._pools[True].of(value, fixed=True)
 
     def sketches(self, tensors: Sequence[Tensor], values: Sequence[Tensor], *, histogram: bool) -> list[Sketch | None]:
         """The sketches of parameters, their gradients or updates, those that are not known in few launches.
@@ -69,6 +73,8 @@ class StepCache(Receiver):
             values: what there is to read of each.
             histogram: as of `sketch`.
         """
+        if self.users < 2:
+            return sketch.of_many(values, histogram=histogram)
         found = [self._parameters.find(tensor) for tensor in tensors]
         new = [i for i, made in enumerate(found) if made is None or (histogram and not made.binned)]
         for i, made in zip(new, sketch.of_many([values[i] for i in new], histogram=histogram), strict=True):

@@ -114,6 +114,7 @@ class Log(Receiver):
         self._steps: dict[int, Tally] = {}
         self._lock = threading.Lock()
         self._cache = cache
+        cache.users += 1
         self._draws = False  # whether a summary has asked for the sketch of an activation
         self._before: dict[int, torch.Tensor] = {}
 
@@ -139,7 +140,9 @@ class Log(Receiver):
                         step, number = call.info.step, call.index
                         capture = Capture(layer.name, kind, value, step, number, path, module_type)
                         suffix = f"{path}{f'#{number}' if number else ''}"
-                        with drawing(partial(self._sketch, own, (call, kind), value)):
+                        alone = self._cache.users < 2
+                        draw = self._cache.fresh if alone else partial(self._sketch, own, (call, kind), value)
+                        with drawing(draw):
                             self._summarise(capture, summaries, stem + suffix, call.info.mode, part)
 
         take = tensor_taker(kind, deliver)
@@ -165,7 +168,7 @@ class Log(Receiver):
         self._draws = True
         if value is copy:
             return self._cache.sketch(source, place, copy, histogram=True)
-        return self._cache.fresh(value, fixed=True, histogram=True)
+        return self._cache.fresh(value)
 
     def _summarise(
         self, capture: Capture, summaries: list[Summary], prefix: str, mode: str, part: Part | Addend

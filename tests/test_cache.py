@@ -31,13 +31,19 @@ class Counter:
         monkeypatch.setattr(sketch, "measure", counted)
 
 
+def cache_of_two() -> StepCache:
+    cache = StepCache()
+    cache.users = 2
+    return cache
+
+
 @pytest.fixture
 def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
     return Counter(monkeypatch)
 
 
 def test_a_tensor_is_sketched_once_until_somebody_writes_to_it(counter: Counter) -> None:
-    cache, x = StepCache(), torch.arange(12.0)
+    cache, x = cache_of_two(), torch.arange(12.0)
     first = cache.sketch(x, PLACE, histogram=True)
     assert first is not None
     assert cache.sketch(x, PLACE, histogram=True) is first
@@ -53,7 +59,7 @@ def test_a_tensor_is_sketched_once_until_somebody_writes_to_it(counter: Counter)
 
 
 def test_a_sketch_without_a_histogram_is_made_again_for_who_wants_one() -> None:
-    cache, x = StepCache(), torch.arange(12.0)
+    cache, x = cache_of_two(), torch.arange(12.0)
     assert not cache.sketch(x, PLACE, histogram=False).binned  # type: ignore[union-attr]
     assert cache.sketch(x, PLACE, histogram=True).binned  # type: ignore[union-attr]
     assert not cache.sketches([x], [x], histogram=False)[0].binned  # type: ignore[union-attr]
@@ -63,7 +69,7 @@ def test_a_sketch_without_a_histogram_is_made_again_for_who_wants_one() -> None:
 
 
 def test_the_moments_of_a_sketch_that_waits_wait_with_it(counter: Counter) -> None:
-    cache, x = StepCache(), torch.arange(12.0)
+    cache, x = cache_of_two(), torch.arange(12.0)
     cache.binned = True
     moments = cache.sketch(x, PLACE, histogram=False)
     whole = cache.sketch(x, PLACE, histogram=True)
@@ -76,8 +82,18 @@ def test_the_moments_of_a_sketch_that_waits_wait_with_it(counter: Counter) -> No
     assert counter.sizes == {True: [12], False: []}
 
 
+def test_for_one_receiver_alone_nothing_is_remembered() -> None:
+    cache, x = StepCache(), torch.arange(12.0)
+    first, second = (cache.sketch(x, PLACE, histogram=True) for _ in range(2))
+    assert first is not None
+    assert second is not None
+    assert first is not second
+    assert cache.sketches([x], [x], histogram=True)[0].sum == first.sum == second.sum  # type: ignore[union-attr]
+    assert not any((cache._flowing, cache._parameters))
+
+
 def test_another_tensor_at_the_same_id_is_not_taken_for_it() -> None:
-    cache = StepCache()
+    cache = cache_of_two()
     for i in range(50):  # freed at once: ids come again
         made = cache.sketch(torch.full((3,), float(i)), PLACE, histogram=True)
         assert made is not None
@@ -86,7 +102,7 @@ def test_another_tensor_at_the_same_id_is_not_taken_for_it() -> None:
 
 def test_where_torch_counts_no_writes_nothing_is_found_again() -> None:
     with torch.inference_mode():
-        cache, x = StepCache(), torch.ones(3)
+        cache, x = cache_of_two(), torch.ones(3)
         first = cache.sketch(x, PLACE, histogram=True)
         x.add_(1)
         second = cache.sketch(x, PLACE, histogram=True)
@@ -111,20 +127,20 @@ def test_under_vmap_an_in_place_module_changes_what_is_sketched(tmp_path: Path) 
 
 
 def test_of_activations_few_are_remembered() -> None:
-    cache, tensors = StepCache(), torch.randn(2 * FLOWING, 3).unbind()
+    cache, tensors = cache_of_two(), torch.randn(2 * FLOWING, 3).unbind()
     first = [cache.sketch(tensor, PLACE, histogram=True) for tensor in tensors]
     again = [cache.sketch(tensor, PLACE, histogram=True) for tensor in reversed(tensors)]
     assert [a is b for a, b in zip(first, reversed(again), strict=True)] == [False] * FLOWING + [True] * FLOWING
 
 
 def test_what_nobody_can_read_is_remembered_as_nothing() -> None:
-    cache, x = StepCache(), torch.empty(3, device="meta")
+    cache, x = cache_of_two(), torch.empty(3, device="meta")
     assert cache.sketch(x, PLACE, histogram=True) is None
     assert cache.sketches([x], [x], histogram=False) == [None]
 
 
 def test_a_parameter_is_copied_once_as_long_as_a_copy_is_held() -> None:
-    cache, parameter = StepCache(), nn.Parameter(torch.ones(3))
+    cache, parameter = cache_of_two(), nn.Parameter(torch.ones(3))
     before = cache.copy(parameter)
     assert cache.copy(parameter) is before
     assert before.data_ptr() != parameter.data_ptr()
@@ -141,7 +157,7 @@ def test_a_parameter_is_copied_once_as_long_as_a_copy_is_held() -> None:
 
 
 def test_updates_are_let_go_of_at_the_next_optimizer_and_everything_at_the_end_of_the_step() -> None:
-    cache, parameter = StepCache(), nn.Parameter(torch.ones(3))
+    cache, parameter = cache_of_two(), nn.Parameter(torch.ones(3))
     update = weakref.ref(cache.update(parameter, torch.zeros(3)))
     assert update() is not None
     cache.before_step(None, 0)

@@ -40,6 +40,7 @@ class Doctor(Receiver):
     def __init__(self, checks: Sequence[Check], scene: Scene) -> None:
         self._checks = list(checks)
         self._scene = scene
+        scene.cache.users += 1
         self._wanted = {kind for check in checks for kinds in check.kinds for kind in kinds}
         self._layers = {*scene.layers, scene.every[0]}
         self._parameters = book.parameters(scene)
