@@ -314,6 +314,11 @@ def _chunks(values: Tensor) -> Iterator[tuple[Array, Array]]:
         yield exact, narrow
 
 
+def _piece() -> int:
+    """So many elements at a time: where torch has several threads, as many as it leaves to one."""
+    return _PIECE if torch.get_num_threads() > 1 else 4 * _PIECE
+
+
 def _extremes(x: Array) -> tuple[float, float]:
     """The least and the greatest element; NaN where one is."""
     return float(np.minimum.reduce(x)), float(np.maximum.reduce(x))
@@ -322,8 +327,9 @@ def _extremes(x: Array) -> tuple[float, float]:
 def _sums(x: Array, shift: float) -> tuple[float, float]:
     """Sum and sum of squares about `shift`, in float64, by pieces small enough for the nearest cache."""
     total = squares = 0.0
-    for start in range(0, len(x), _PIECE):
-        piece = x[start : start + _PIECE]
+    size = _piece()
+    for start in range(0, len(x), size):
+        piece = x[start : start + size]
         wide = _buffers.take("f8 piece", len(piece))
         np.copyto(wide, piece)
         if shift:
@@ -341,7 +347,7 @@ def _count(exact: Array, narrow: Array, bins: Array) -> int:
     np.right_shift(narrow.view(np.uint32), DROP, out=index, casting="unsafe")
     if len(index) > SMALL:
         whole = torch.from_numpy(index.view(np.int16))
-        pieces = whole.split(_PIECE) if len(index) > _PIECE and torch.get_num_threads() > 1 else [whole]
+        pieces = whole.split(_piece())
         counts: Array = torch.bincount(pieces[0], minlength=BINS).numpy()
         for piece in pieces[1:]:
             counts += torch.bincount(piece, minlength=BINS).numpy()
