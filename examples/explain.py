@@ -67,6 +67,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/explain.png"), help="picture (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="random weights, no download, coarse curves")
     options = parser.parse_args()
+    if options.out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        parser.error(f"--out is a picture, .png or .jpg, not {str(options.out)!r}")
     if options.model == "digits":
         model, images, names = reader()
     else:
