@@ -245,7 +245,7 @@ def _host_row(values: Tensor, histogram: bool) -> Tensor:
     """The row of a CPU tensor.
 
     By operations that use one thread each. Several threads would have to wait for each other many times; where another
-    core is busy (with the backward pass, a data loader) that costs ten times the work.
+    core is busy (with the backward pass, a data loader) that takes up to a hundred times as long.
     """
     row = np.zeros(ROW if histogram else HEAD, np.int64)
     row[COUNT] = values.numel()

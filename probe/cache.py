@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 from probe import sketch
-from probe.calls import Call, Receiver
+from probe.calls import Call
 from probe.capture import Kind
 from probe.graph import version
 from probe.sketch import Sketch
@@ -19,10 +19,12 @@ from probe.tree import local
 FLOWING = 16
 """Of so many activations and gradients the sketches are remembered, the latest ones."""
 
+_FORWARD = Kind.INPUT | Kind.OUTPUT
+
 Made = TypeVar("Made")
 
 
-class StepCache(Receiver):
+class StepCache:
     """What the receivers of a probe would else compute each for itself; of the tensors it holds none but updates.
 
     A sketch is found again by the very tensor that it was made of, as long as nobody has written to that. Where torch
@@ -31,13 +33,13 @@ class StepCache(Receiver):
     """
 
     def __init__(self) -> None:
-        self.users = 0  # receivers that use it: one alone asks for each thing once, so nothing is remembered
+        self.users = 0  # receivers that share it: one alone asks for each thing once, so nothing is remembered
         self.binned = False  # whether a sketch of this step's activations and gradients is to have its histogram anyway
         self._pools = {binned: sketch.Pool(histogram=binned) for binned in (True, False)}
-        self._flowing: _Known[Sketch] = _Known(FLOWING)
-        self._parameters: _Known[Sketch] = _Known()
-        self._copies: _Known[weakref.ref[Tensor]] = _Known()
-        self._updates: _Known[Tensor] = _Known()
+        self._flowing: Known[Sketch] = Known(FLOWING)
+        self._parameters: Known[Sketch] = Known()
+        self._copies: Known[weakref.ref[Tensor]] = Known()
+        self._updates: Known[Tensor] = Known()
 
     def sketch(
         self, tensor: Tensor, place: tuple[Call, Kind], copy: Tensor | None = None, *, histogram: bool
@@ -50,14 +52,14 @@ class StepCache(Receiver):
             copy: the same values in memory that nobody writes to, where there is one.
             histogram: whether there is to be one.
         """
+        value, fixed = (tensor, False) if copy is None else (copy, True)
         if self.users < 2:
-            return self._pools[histogram].of(tensor if copy is None else copy, fixed=copy is not None)
+            return self._pools[histogram].of(value, fixed=fixed)
         call, kind = place
-        hook = (weakref.ref(call), kind) if kind in Kind.INPUT | Kind.OUTPUT else None
+        hook = (weakref.ref(call), kind) if kind in _FORWARD else None
         made = self._flowing.find(tensor, hook)
         if made is None or (histogram and not made.binned):
-            pool = self._pools[histogram or self.binned]
-            made = pool.of(tensor if copy is None else copy, fixed=copy is not None)
+            made = self._pools[histogram or self.binned].of(value, fixed=fixed)
             self._flowing.keep(tensor, made, hook)
         return made if histogram or made is None else made.moments()
 
@@ -89,33 +91,27 @@ class StepCache(Receiver):
         if copied is None:
             # a clone, not copy-on-write: the parameter's own memory must stay where it is
             copied = local(parameter.detach()).clone()
+            self._updates.clear()  # of the optimizer before
             self._copies.keep(parameter, weakref.ref(copied))
         return copied
 
     def update(self, parameter: Tensor, before: Tensor) -> Tensor:
-        """What was added to a parameter since `copy` gave `before`; held until the next optimizer or step."""
+        """What was added to a parameter since `copy` gave `before`; held until the next copy, or the step's end."""
         update = self._updates.find(parameter)
         if update is None:
             update = local(parameter.detach()) - before
-            self._updates.keep(parameter, update)
+            if self.users > 1:
+                self._updates.keep(parameter, update)
         return update
 
-    def active(self, step: int) -> bool:
-        """It wants nothing."""
-        return False
-
-    def before_step(self, optimizer: Any, step: int) -> None:
-        """Let go of the updates of another optimizer."""
-        self._updates.clear()
-
-    def end_step(self, step: int, *, stepped: bool) -> None:
-        """Let go of everything."""
+    def forget(self) -> None:
+        """Let go of everything: users say so at the end of a step that they observed."""
         self.binned = False
         for known in (self._flowing, self._parameters, self._copies, self._updates):
             known.clear()
 
 
-class _Known(OrderedDict[int, tuple[weakref.ref[Tensor], int, Any, Made | None]], Generic[Made]):
+class Known(OrderedDict[int, tuple[weakref.ref[Tensor], int, Any, Made | None]], Generic[Made]):
     """What was made of the very tensors, until somebody writes to them.
 
     Arguments:

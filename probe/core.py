@@ -489,9 +489,7 @@ class Probe:
     def _cache(self) -> StepCache:
         from probe.cache import StepCache
 
-        cache = StepCache()
-        self._session.receivers.append(cache)
-        return cache
+        return StepCache()
 
     def _add_joint(self, observers: Iterable[Any], layers: list[Layer], **options: Any) -> list[Receiver]:
         """Give the observers that work together their receivers, and the root for these to hook."""

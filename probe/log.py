@@ -140,9 +140,7 @@ class Log(Receiver):
                         step, number = call.info.step, call.index
                         capture = Capture(layer.name, kind, value, step, number, path, module_type)
                         suffix = f"{path}{f'#{number}' if number else ''}"
-                        alone = self._cache.users < 2
-                        draw = self._cache.fresh if alone else partial(self._sketch, own, (call, kind), value)
-                        with drawing(draw):
+                        with drawing(partial(self._sketch, own, (call, kind), value)):
                             self._summarise(capture, summaries, stem + suffix, call.info.mode, part)
 
         take = tensor_taker(kind, deliver)
@@ -334,6 +332,8 @@ class Log(Receiver):
         numbers = {number for number, tally in steps.items() if tally} | {capture.step for capture, *_ in addends}
         if self._merges() and (not self._ended if self._ending else self.active(step)):
             numbers.add(step)  # with nothing, too: others may have something
+        if numbers:
+            self._cache.forget()
         for number in sorted(numbers):  # the same order on all ranks
             self._send(number, steps.get(number, Tally()), [each for each in addends if each[0].step == number])
 

@@ -160,14 +160,14 @@ def test_updates_are_let_go_of_at_the_next_optimizer_and_everything_at_the_end_o
     cache, parameter = cache_of_two(), nn.Parameter(torch.ones(3))
     update = weakref.ref(cache.update(parameter, torch.zeros(3)))
     assert update() is not None
-    cache.before_step(None, 0)
+    cache.copy(nn.Parameter(torch.ones(2)))
     assert update() is None
     cache.binned = True
     cache.sketch(parameter, PLACE, histogram=True)
     cache.sketches([parameter], [parameter], histogram=True)
     cache.copy(parameter)
     cache.update(parameter, torch.zeros(3))
-    cache.end_step(0, stepped=True)
+    cache.forget()
     assert not cache.binned
     assert not any((cache._flowing, cache._parameters, cache._copies, cache._updates))
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from probe.cache import Known
 from probe.calls import Call, PassInfo
 from probe.graph import version
 from probe.health.records import CallRecord, ParameterRecord, PassRecord, Step
@@ -109,7 +109,7 @@ class OpenPass:
         self.info = info  # held, so that its id is not given to another
         self.record = PassRecord(info.mode, info.grad_enabled)
         self._calls: dict[tuple[str, int], CallRecord] = {}
-        self._known: dict[int, tuple[weakref.ref[torch.Tensor], int, Vitals, str]] = {}
+        self._known: Known[tuple[Vitals, str]] = Known()
         self._watched: list[tuple[CallRecord, torch.Tensor, int]] = []
 
     def of(self, call: Call, *, create: bool) -> CallRecord | None:
@@ -125,14 +125,11 @@ class OpenPass:
 
     def known(self, tensor: torch.Tensor) -> tuple[Vitals, str] | None:
         """What was measured of this very tensor, if nobody wrote to it since, and the layer that it came from."""
-        found = self._known.get(id(tensor))
-        if found is None or found[0]() is not tensor or found[1] != version(tensor) or found[1] < 0:
-            return None
-        return found[2], found[3]
+        return self._known.find(tensor)
 
     def remember(self, tensor: torch.Tensor, measured: Vitals, producer: str) -> None:
         """Note what was measured of a tensor, and the layer that it came from, for `known`."""
-        self._known[id(tensor)] = (weakref.ref(tensor), version(tensor), measured, producer)
+        self._known.keep(tensor, (measured, producer))
 
     def watch(self, record: CallRecord, tensor: torch.Tensor) -> None:
         """Tell at the end of the step whether somebody wrote to the tensor and somebody still holds it."""

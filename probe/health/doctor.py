@@ -231,6 +231,8 @@ class Doctor(Receiver):
         """Send the step's numbers to the host, and have the step before it judged."""
         with self._lock:
             ended = [self._open.pop(number) for number in sorted(self._open) if number <= step]
+        if ended:
+            self._scene.cache.forget()
         for each in ended:
             with quiet():
                 self._pending.append(Fetch(each.close(self._parameters.values())))
