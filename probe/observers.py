@@ -19,6 +19,7 @@ from probe.select import modules
 from probe.session import Session
 from probe.tree import (
     data_address,
+    full_precision,
     input_leaves,
     leaves,
     local,
@@ -194,11 +195,7 @@ def quiet() -> contextlib.AbstractContextManager[object]:
 
 @contextlib.contextmanager
 def _all_off(cast: list[str], transformed: bool) -> Iterator[None]:
-    with torch.no_grad(), contextlib.ExitStack() as stack:
-        for device in cast:
-            stack.enter_context(torch.autocast(device, enabled=False))
-        if transformed:
-            stack.enter_context(untransformed())
+    with torch.no_grad(), full_precision(cast), untransformed() if transformed else contextlib.nullcontext():
         yield
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import enum
 import sys
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -253,6 +253,20 @@ def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
+
+
+def full_precision(devices: Iterable[str]) -> contextlib.AbstractContextManager[object]:
+    """No autocast on devices of these types, where there is any now."""
+    casting = [device for device in devices if torch.is_autocast_enabled(device)]
+    return _uncast(casting) if casting else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _uncast(devices: list[str]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for device in devices:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 @contextlib.contextmanager

@@ -13,8 +13,8 @@ from probe import select
 from probe.cam import targets
 from probe.cam.inputs import Inputs
 from probe.cam.spot import At, Spot, check_called, visitor
-from probe.cam.state import full_precision
 from probe.hooks import hookable, on_output
+from probe.tree import full_precision
 
 
 class Run:

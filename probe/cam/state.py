@@ -79,17 +79,6 @@ def untouched(model: nn.Module, tensors: list[Tensor]) -> Iterator[list[nn.Modul
                     _write(buffer, value)
 
 
-def full_precision(devices: Iterable[str]) -> contextlib.AbstractContextManager[object]:
-    """No autocast on devices of these types, where there is any now."""
-    casting = [device for device in devices if torch.is_autocast_enabled(device)]
-    if not casting:
-        return contextlib.nullcontext()
-    stack = contextlib.ExitStack()
-    for device in casting:
-        stack.enter_context(torch.autocast(device, enabled=False))
-    return stack
-
-
 def _write(buffer: Tensor, value: Tensor) -> None:
     """Write the old value back without a trace: batch norm updates its statistics without counting a version, and a
     version more would make the caller's backward pass refuse them."""

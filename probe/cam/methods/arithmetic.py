@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from probe.cam.state import full_precision
+from probe.tree import full_precision
 
 
 def resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from probe.cam.methods.arithmetic import checked, checked_pair, double, first_component, signed
-from probe.cam.state import full_precision
+from probe.tree import full_precision
 
 
 def eigen_cam(activation: Tensor, *, centered: bool = False) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from probe.cam.layout import Layout
 from probe.cam.methods.arithmetic import checked, ratio, resize
 from probe.cam.methods.gradient import grad_cam
-from probe.cam.state import full_precision
+from probe.tree import full_precision
 
 
 def guided_grad_cam(activation: Tensor, gradient: Tensor, guided_gradient: Tensor, *, channels: bool = False) -> Tensor:
