@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from probe.calls import Call, Receiver
 from probe.capture import Kind, Layer
 from probe.core import Probe, ProbeWarning
-from probe.hooks import Hook
+from probe.hooks import ours
 from probe.observers import Scene
 from probe.select import wrapped_attribute
 from probe.tree import input_leaves, leaves, storage_of
@@ -346,14 +346,14 @@ def _other_probes_off(model: nn.Module) -> Iterator[None]:
     try:
         for module in model.modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                if any(isinstance(hook, Hook) for hook in hooks.values()):
+                if any(map(ours, hooks.values())):
                     taken.append((hooks, dict(hooks)))
-                    for key in [key for key, hook in hooks.items() if isinstance(hook, Hook)]:
+                    for key in [key for key, hook in hooks.items() if ours(hook)]:
                         del hooks[key]
         yield
     finally:
         for hooks, before in taken:
-            kept = {key: hook for key, hook in before.items() if isinstance(hook, Hook) or key in hooks}
+            kept = {key: hook for key, hook in before.items() if ours(hook) or key in hooks}
             added = {key: hook for key, hook in hooks.items() if key not in before}
             hooks.clear()
             hooks.update(kept | added)

@@ -28,6 +28,8 @@ from probe.tree import SOLE, input_leaves, inputs, leaves, rebuild, shape, snaps
 graph_task: Callable[[], int] = torch._C._current_graph_task_id
 _sequence_number: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
+_tensor_type = torch.Tensor
+
 Deliver = Callable[[Call, str, torch.Tensor | None], torch.Tensor | None]
 
 
@@ -66,6 +68,63 @@ class Hook(functools.partial):  # type: ignore[type-arg]  # a partial: C speed, 
 
     def __reduce__(self) -> Any:
         return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+class Short:
+    """The hook of a layer of which only the output is kept: it logs a snapshot, which becomes a call when read.
+
+    Its cost beyond a bare hook is one ``_lazy_clone`` and a handful of attribute reads. Whatever is not a plain tensor
+    in a plain pass goes the long way round. The hook is a bound method, as Python calls these without a detour through
+    C, and of this name: a pickle of it looks `__exit__` up in what `__reduce__` says, and finds something inert.
+    """
+
+    __slots__ = ("_after", "_local", "_owner", "_session", "_taker", "_tap")
+
+    def __init__(self, tap: Tap, after: Callable[..., Any]) -> None:
+        self._tap = tap
+        self._after = after
+        self._session = tap.session
+        self._local = tap.session.local
+        self._owner: nn.Module | None = None  # the module, once a snapshot shared memory: until somebody writes to it
+        self._taker = tap.short
+        self._taker.shares = False
+
+    def __exit__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        log = self._local.log
+        if log is None or module is not self._owner or type(output) is not _tensor_type or graph_task() != -1:
+            return self._long(module, args, output)
+        try:
+            storage = output.untyped_storage()  # first: wrappers of torch.func refuse it
+            count = output._version if self._session.versions else -1
+            if output.requires_grad:
+                output = output.data  # costs less than detach(), as it is no operation; it counts its own versions
+            log((self._tap, storage, output._lazy_clone(), count))
+        except (RuntimeError, NotImplementedError):
+            return self._long(module, args, output)
+        return None
+
+    def _long(self, module: nn.Module, args: Any, output: Any) -> Any:
+        result = self._after(module, args, output)
+        self._owner = self._tap.layer.module if self._taker.shares else None
+        return result
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return _InertShort()
+
+    def __reduce__(self) -> Any:
+        return contextlib.nullcontext, ()
+
+
+class _InertShort(Short):
+    """What a copy of a short hook is bound to."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        self._local = Local()
+
+    def _long(self, module: nn.Module, args: Any, output: Any) -> None:
+        return None
 
 
 class Local(threading.local):
@@ -111,7 +170,7 @@ class Tap:
             if paired or self.asks(Kind.OUTPUT) or self.asks(Kind.GRAD_OUTPUT) or self.stop:
                 after = self._after(paired, by_module)
                 self.short = None if paired or self.stop or self.asks(Kind.GRAD_OUTPUT) else self._only_taker()
-                hook = Hook(after if self.short is None else self._short(after))
+                hook = Hook(after) if self.short is None else Short(self, after).__exit__
                 handles.append(module.register_forward_hook(hook, always_call=paired))
         except BaseException:
             for handle in handles:
@@ -124,35 +183,6 @@ class Tap:
         takers = self.takers.get(Kind.OUTPUT, ())
         alone = len(takers) == 1 and not self.edits.get(Kind.OUTPUT)
         return takers[0] if alone and hasattr(takers[0], "settle") else None
-
-    def _short(self, after: Callable[..., Any]) -> Callable[..., Any]:
-        """The hook of a layer of which only the output is kept: it logs a snapshot, which becomes a call when read.
-
-        Its cost beyond a bare hook is one ``_lazy_clone`` and a handful of attribute reads. Whatever is not a plain
-        tensor in a plain pass goes the long way round.
-        """
-        session, local, owner, taker = self.session, self.session.local, self.layer.module, self.short
-        plain = torch.Tensor
-        taker.shares = ready = False  # learned on the long way: here snapshots share memory until somebody writes
-
-        def short(module: nn.Module, args: Any, output: Any) -> Any:
-            nonlocal ready
-            log = local.log
-            if log is None or not ready or type(output) is not plain or graph_task() != -1 or module is not owner:
-                result = after(module, args, output)
-                ready = taker.shares
-                return result
-            try:
-                storage = output.untyped_storage()  # first: wrappers of torch.func refuse it
-                count = output._version if session.versions else -1
-                if output.requires_grad:
-                    output = output.data  # costs less than detach(), as it is no operation; it counts its own versions
-                log((self, storage, output._lazy_clone(), count))
-            except (RuntimeError, NotImplementedError):
-                return after(module, args, output)
-            return None
-
-        return short
 
     def _before(self, by_module: bool) -> Callable[..., Any]:
         session, local, layer, owner = self.session, self.session.local, self.layer, self.layer.module
@@ -621,6 +651,11 @@ def hookable(layers: list[Layer]) -> list[Layer]:
         names = ", ".join(repr(layer.name) for layer in layers)
         raise TypeError(f"{names}: torch puts no hooks on ScriptModules; probe the model before torch.jit.script")
     return found
+
+
+def ours(hook: Any) -> bool:
+    """Whether a module's hook is a probe's; inert ones, of copies, are not."""
+    return isinstance(hook, Hook) or type(getattr(hook, "__self__", None)) is Short
 
 
 def on_enter(module: nn.Module, function: Callable[..., Any], *, with_kwargs: bool = False) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from probe.hooks import Hook
+from probe.hooks import ours
 from probe.session import Session
 
 torch.set_num_threads(1)  # two threads wait for each other as soon as another process wants the same core
@@ -47,5 +47,5 @@ def _no_leaked_hooks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         session = ref()
         for name, module in session.model.named_modules() if session is not None else ():
             for key in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-                left = [hook for hook in getattr(module, key).values() if isinstance(hook, Hook)]
+                left = [hook for hook in getattr(module, key).values() if ours(hook)]
                 assert not left, f"a probe left a hook in {key} of {name!r}"

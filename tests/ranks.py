@@ -41,7 +41,7 @@ from probe import (
     sketch,
     stats,
 )
-from probe.hooks import Hook
+from probe.hooks import ours
 from probe.sketch import Sketch
 
 SECONDS = 60  # the time-out of the process group of a check
@@ -130,7 +130,7 @@ def counted(names: tuple[str, ...] = ("all_reduce", "all_gather", "reduce", "bro
 
 def hooked(model: nn.Module) -> bool:
     hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-    return any(isinstance(hook, Hook) for hook in hooks)
+    return any(map(ours, hooks))
 
 
 # -- DistributedDataParallel -------------------------------------------------------------------------------------------

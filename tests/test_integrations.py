@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from probe import Board, Kind, Probe, histogram, stats
-from probe.hooks import Hook
+from probe.hooks import ours
 from tests.reading import scalars, steps
 
 MODELS = ["bert", "gpt2", "llama", "resnet18", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"]
@@ -89,7 +89,7 @@ def data() -> TensorDataset:
 
 def hooked(model: nn.Module) -> bool:
     hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-    return any(isinstance(hook, Hook) for hook in hooks)
+    return any(map(ours, hooks))
 
 
 def check_run(run: Path, layer: str, weight: str, *numbers: int) -> None:

@@ -32,7 +32,7 @@ from probe import (
     sketch,
     stats,
 )
-from probe.hooks import Hook
+from probe.hooks import ours
 from tests import zoo
 
 
@@ -49,7 +49,7 @@ def hooked(model: nn.Module) -> list[str]:
         name
         for name, module in model.named_modules()
         for hooks in (module._forward_hooks, module._forward_pre_hooks)
-        if any(isinstance(hook, Hook) for hook in hooks.values())
+        if any(map(ours, hooks.values()))
     ]
 
 

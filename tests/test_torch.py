@@ -660,6 +660,26 @@ def test_an_inert_hook_needs_no_package() -> None:
     assert b"torch" not in data
 
 
+def test_a_bound_method_is_copied_as_what_it_is_bound_to_says() -> None:
+    """So may a hook be one: Python calls it with no detour through C, and a copy of the model has an inert one."""
+
+    class Held:
+        def __exit__(self, *given: Any) -> str:
+            return "held"
+
+        def __deepcopy__(self, memo: Any) -> contextlib.nullcontext[None]:
+            return contextlib.nullcontext()
+
+        def __reduce__(self) -> Any:
+            return contextlib.nullcontext, ()
+
+    module = nn.Linear(1, 1)
+    module.register_forward_hook(Held().__exit__)
+    (copied,) = copy.deepcopy(module)._forward_hooks.values()
+    assert isinstance(getattr(copied, "__self__", None), contextlib.nullcontext)
+    assert pickle.loads(pickle.dumps(Held().__exit__))(module, (), 1) is None
+
+
 def test_deepcopy_and_pickle_carry_hooks_along() -> None:
     """A copy of a hooked model has the hooks: so they must know how to be copied."""
 

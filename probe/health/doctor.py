@@ -19,7 +19,7 @@ from probe.health.book import OpenPass, OpenStep, Parameter
 from probe.health.records import CallRecord, Fetch, Step
 from probe.health.rules import Check
 from probe.health.vitals import Vitals
-from probe.hooks import Hook, after_backward
+from probe.hooks import after_backward, ours
 from probe.observers import Scene, quiet, tensor_taker
 from probe.tree import local
 
@@ -125,7 +125,7 @@ class Doctor(Receiver):
 
     def _output(self, pass_: OpenPass, record: CallRecord, kind: Kind, call: Call, tensors: Any) -> None:
         module = call.layer.module
-        watched = bool(record.layer) and any(not isinstance(each, Hook) for each in module._forward_hooks.values())
+        watched = bool(record.layer) and any(not ours(each) for each in module._forward_hooks.values())
         for path, tensor in tensors:
             known = pass_.known(tensor)  # the very input, or the output of a layer within
             if known is not None:
