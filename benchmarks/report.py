@@ -134,11 +134,11 @@ METHOD = """\
 result is the median of the ratios of such pairs, with its quartiles. `~` marks a ratio whose quartiles lie on both
 sides of 1: it is not told from noise. Every table of overheads has a row *bare*, the bare model against its own copy,
 which shows what the method itself makes of nothing. A run is repeated to 5 ms at least; the two run strictly in turn,
-so that each begins with the caches as the other left them. On the CPU one thread computes, and memory that is freed stays with the process. On a GPU each run begins
-on an idle device and CUDA events tell its length, launches and kernels included. Inputs are random and stay the same;
-a training step is `zero_grad`, forward, backward and SGD with momentum. Logs are written to a folder on disk, and a
-measurement ends when everything is written. Counts (hooks, Python calls, bytes, transfers) are of one step, beyond
-those of the bare one, and do not depend on the machine.
+so that each begins with the caches as the other left them. On the CPU one thread computes, and memory that is freed
+stays with the process. On a GPU each run begins on an idle device and CUDA events tell its length, launches and kernels
+included. Inputs are random and stay the same; a training step is `zero_grad`, forward, backward and SGD with momentum.
+Logs are written to a folder on disk, and a measurement ends when everything is written. Counts (hooks, Python calls,
+bytes, transfers) are of one step, beyond those of the bare one, and do not depend on the machine.
 
 **Not measured.** Data loading, distributed training, several GPUs, models larger than memory, a slow disk, how much a
 user's own summary costs. Random weights: nothing here depends on their values, except that in-place operations

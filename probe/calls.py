@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +34,15 @@ class PassInfo:
         self.backwards: set[int] = set()
 
 
+class Backward:
+    """What one backward pass brought to one call, by path."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.grad_output: dict[str, torch.Tensor] = {}
+        self.grad_input: dict[str, torch.Tensor] = {}
+
+
 class Call:
     """One call of one module: its place in the pass, and what the takers put on it."""
 
@@ -45,7 +53,7 @@ class Call:
     shape_kwargs: Any = UNSET
     shape_out: Any = UNSET
     raised = ""  # why there is no output
-    backwards: tuple[Any, ...] = ()
+    came: Sequence[Any] = ()  # gradients: backward pass, kind, path and tensor, one after another
     notes: tuple[str, ...] = ()
     needs_grad = False
     input_needs_grad = False
@@ -55,6 +63,24 @@ class Call:
         self.layer = layer
         self.index = index
         self.info = info
+
+    def received(self, backward: int, kind: Kind, path: str, gradient: torch.Tensor) -> None:
+        """Keep a gradient that a backward pass brought."""
+        if isinstance(self.came, list):
+            self.came.extend((backward, kind, path, gradient))
+        else:
+            self.came = [backward, kind, path, gradient]
+
+    @property
+    def backwards(self) -> list[Backward]:
+        """What came back, by backward pass."""
+        found: list[Backward] = []
+        fields = iter(list(self.came))
+        for number, kind, path, gradient in zip(fields, fields, fields, fields, strict=True):
+            if not found or found[-1].number != number:
+                found.append(Backward(number))
+            (found[-1].grad_output if kind is Kind.GRAD_OUTPUT else found[-1].grad_input)[path] = gradient
+        return found
 
     def note(self, text: str) -> None:
         if text not in self.notes:
@@ -66,7 +92,9 @@ class Pass:
 
     __slots__ = (
         "__weakref__",
-        "calls",
+        "_counts",
+        "_grouped",
+        "_ungrouped",
         "depth",
         "events",
         "handles",
@@ -86,8 +114,10 @@ class Pass:
         self.handles = handles
         self.depth = 1
         self.open = True
-        self.calls: defaultdict[Layer, list[Call]] = defaultdict(list)
-        self.events: list[Any] = []  # what the store saw, in order of time
+        self._ungrouped: list[Call] = []  # calls that nobody asked for yet: a list a layer would be made for nothing
+        self._grouped: dict[Layer, list[Call]] = {}
+        self._counts: dict[Layer, int] = {}
+        self.events: list[Any] = []  # what the store saw: the fields of each `Seen`, one after another
         self.stack: list[list[Any]] = []  # of tap, call, and the edges of its inputs or None
         self.storages: dict[int, str] = {}
         self.newest: Any = None  # the live tensor of the last event, and that event, while the pass runs
@@ -114,10 +144,20 @@ class Pass:
         return self._call(layer)
 
     def _call(self, layer: Layer) -> Call:
-        calls = self.calls[layer]
-        call = Call(layer, len(calls), self.info)
-        calls.append(call)
+        index = self._counts.get(layer, 0)
+        self._counts[layer] = index + 1
+        call = Call(layer, index, self.info)
+        self._ungrouped.append(call)
         return call
+
+    @property
+    def calls(self) -> dict[Layer, list[Call]]:
+        """The calls by layer, each layer's in order."""
+        with _settling:
+            new, self._ungrouped = self._ungrouped, []
+            for call in new:
+                self._grouped.setdefault(call.layer, []).append(call)
+        return self._grouped
 
     def pop(self, tap: Any) -> tuple[Call, Edges | None] | None:
         """The innermost open call of the tap; calls above it were left by an exception."""

@@ -300,7 +300,7 @@ class GraphSession(Session):
         """A gradient came back to what a layer returned."""
         tap = self._sites[site]
         call = self._calls.get(spot) or Call(tap.layer, 0, PassInfo(self.step, self.tag or "train"))
-        tap.on_gradient(Kind.GRAD_OUTPUT)(call, path, value)
+        tap.on_gradient(Kind.GRAD_OUTPUT)(call, value, path)
 
     def advance(self, *, stepped: bool = False) -> None:
         self.check()

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import sys
 import threading
+import types
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -30,7 +31,12 @@ _sequence_number: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
 _tensor_type = torch.Tensor
 
-Deliver = Callable[[Call, str, torch.Tensor | None], torch.Tensor | None]
+
+class Deliver(Protocol):
+    """Takes a gradient that came to a call; what it returns replaces it."""
+
+    def __call__(self, call: Call, gradient: torch.Tensor | None, path: str = "") -> torch.Tensor | None: ...
+
 
 
 class Passes(Protocol):
@@ -317,9 +323,9 @@ class Tap:
                 for path, tensor in tensors:
                     node = tensor.grad_fn
                     if node is None:  # a leaf of the user's or the model's: leave it as it was, and soon
-                        hook_leaf(tensor, Hook(at_output, call, path))
+                        hook_leaf(tensor, Hook(at_output, call, path=path))
                         continue
-                    deliver = at_output
+                    deliver: Deliver = at_output
                     if tensor._is_view():
                         view = _View(at_output, tensor, None if replaced else Base.of(tensor, self.layer.module))
                         call.views = (*call.views, (path, view.alias, view.before))
@@ -327,7 +333,9 @@ class Tap:
                         if view.base is not None:
                             whole: Any = tensor._base
                             handles.append(whole.grad_fn.register_prehook(Hook(view.at_base, call, path)))
-                    handles.append(on_gradient_of(tensor, node, Hook(deliver, call, path)))
+                    # a bound method is one object, a partial two
+                    gradient_hook = Hook(deliver, call, path=path) if path else types.MethodType(deliver, call)
+                    handles.append(on_gradient_of(tensor, node, gradient_hook))
                     if edited:
                         _run_first(handles[-1])
 
@@ -351,9 +359,9 @@ class Tap:
         for _, tensor in tensors if passed else ():
             for path in edges.paths.get(edge(tensor), ()):
                 if tensor.grad_fn is None:
-                    self.session.hook_leaf(tensor, Hook(deliver, call, path))
+                    self.session.hook_leaf(tensor, Hook(deliver, call, path=path))
                 else:
-                    handles.append(tensor.register_hook(Hook(deliver, call, path)))
+                    handles.append(tensor.register_hook(Hook(deliver, call, path=path)))
         if passed:
             call.note("pass-through: the output is the input, so grad_input is the gradient of the whole tensor")
         if edges.views and (lost := edges.overwritten_views(consumers, passed)):
@@ -369,7 +377,7 @@ class Tap:
             if not tensor.requires_grad:
                 return tensor
             copy = tensor.clone()
-            handles.append(copy.register_hook(Hook(on_gradient, call, path)))
+            handles.append(copy.register_hook(Hook(on_gradient, call, path=path)))
             return copy
 
         args, kwargs = _put(args, kwargs, rebuild(inputs(args, kwargs), copied, opaque=same))
@@ -381,7 +389,7 @@ class Tap:
         """The function that every gradient of one kind goes through: edits, then takers."""
         takers, edits, session = self.takers.get(kind, ()), self.edits.get(kind, ()), self.session
 
-        def on_gradient(call: Call, path: str, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        def on_gradient(call: Call, gradient: torch.Tensor | None, path: str = "") -> torch.Tensor | None:
             if gradient is None or session.closed:  # None: from a custom Function that returned it
                 return None
             edited = gradient
@@ -394,6 +402,7 @@ class Tap:
                 take(call, path, value, backward)
             return None if edited is gradient else edited
 
+        on_gradient.__torch_unserializable__ = True  # type: ignore[attr-defined]  # as `Hook` has it
         return on_gradient
 
     def _replay_before(self, args: tuple[Any, ...], kwargs: dict[str, Any], wants_grad: bool) -> None:
@@ -477,8 +486,8 @@ class Tap:
                     'leave backward="module" out to edit it'
                 )
             for path, gradient in _module_paths(grad_output):
-                out(call, path, gradient)
-            edited = [into(call, path, gradient) for path, gradient in _module_paths(grad_input)]
+                out(call, gradient, path)
+            edited = [into(call, gradient, path) for path, gradient in _module_paths(grad_input)]
             if all(each is None for each in edited):
                 return None
             return tuple(old if new is None else new for old, new in zip(grad_input, edited, strict=True))
@@ -504,7 +513,7 @@ def _collect(
 ) -> None:
     """The hook of the only node that consumes an input: what it hands back is the module's whole share."""
     for path in paths:
-        deliver(call, path, grad_inputs[position])
+        deliver(call, grad_inputs[position], path)
 
 
 class _View:
@@ -518,19 +527,19 @@ class _View:
         self.before = version(tensor)
         self.base = base
 
-    def at_view(self, call: Call, path: str, gradient: torch.Tensor | None) -> torch.Tensor | None:
+    def at_view(self, call: Call, gradient: torch.Tensor | None, path: str = "") -> torch.Tensor | None:
         if version(self.alias) != self.before:
             if self.base is not None:
                 return None  # the whole comes to the base
             call.note(f"grad_output{path} can be a part: the output is a view and was written to in place afterwards")
-        return self.deliver(call, path, gradient)
+        return self.deliver(call, gradient, path)
 
     def at_base(self, call: Call, path: str, gradients: tuple[Any, ...]) -> tuple[Any, ...] | None:
         base = self.base
         if base is None or gradients[base.position] is None or version(self.alias) == self.before:
             return None
         whole, gradient = base.as_view(gradients[base.position])
-        edited = self.deliver(call, path, gradient)
+        edited = self.deliver(call, gradient, path)
         if edited is None:
             return None
         gradient.copy_(edited)
@@ -566,7 +575,7 @@ class _Share:
         total = self.sums.pop(backward, None)
         if total is not None:
             for path in self.paths:
-                self.deliver(self.call, path, total)
+                self.deliver(self.call, total, path)
 
 
 def _run_first(handle: Any) -> None:
@@ -678,7 +687,7 @@ def on_step(optimizer: torch.optim.Optimizer, before: Callable[..., Any], after:
     return [optimizer.register_step_pre_hook(Hook(before)), optimizer.register_step_post_hook(Hook(after))]
 
 
-def on_gradient_of(tensor: torch.Tensor, node: Any, hook: Hook) -> Any:
+def on_gradient_of(tensor: torch.Tensor, node: Any, hook: Callable[..., Any]) -> Any:
     """Put a hook on a tensor, whose ``grad_fn`` is `node`; the handle."""
     if node is None or tensor._backward_hooks is not None or type(tensor) is not torch.Tensor:
         return tensor.register_hook(hook)

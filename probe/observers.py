@@ -199,21 +199,11 @@ def _all_off(cast: list[str], transformed: bool) -> Iterator[None]:
         yield
 
 
-class Backward:
-    """What one backward pass brought to one call, by path; None: nothing yet."""
-
-    __slots__ = ("grad_input", "grad_output", "number")
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.grad_output: dict[str, torch.Tensor] | None = None
-        self.grad_input: dict[str, torch.Tensor] | None = None
-
-
 class Seen(NamedTuple):
     """A captured tensor and the storage it was taken from, to tell later whether that was written to.
 
-    In the hooks it is a bare tuple in this order: making one costs a tenth of making a `Seen`.
+    A pass keeps their fields one after another in one list: objects that live as long as a pass does are what the
+    garbage collector has to look at, again and again.
     """
 
     kind: Kind
@@ -223,6 +213,12 @@ class Seen(NamedTuple):
     storage: torch.UntypedStorage | None
     version: int
     geometry: tuple[Any, Any] | None  # strides and offset in the storage, where they are not those of `kept`
+
+
+def seen(pass_: Pass) -> list[Seen]:
+    """All that a pass saw, in order of time."""
+    fields = iter(pass_.events)
+    return list(map(Seen._make, zip(*[fields] * len(Seen._fields), strict=True)))
 
 
 class Store(Receiver):
@@ -325,7 +321,7 @@ class _TakeOutput:
     def settle(self, pass_: Pass, call: Call, storage: torch.UntypedStorage, kept: torch.Tensor, count: int) -> None:
         """Take what the short hook logged."""
         call.output = kept
-        pass_.events.append((_OUTPUT, call, "", kept, storage, count, None))
+        pass_.events.extend((_OUTPUT, call, "", kept, storage, count, None))
 
 
 def _shares(live: torch.Tensor, kept: torch.Tensor) -> bool:
@@ -335,7 +331,8 @@ def _shares(live: torch.Tensor, kept: torch.Tensor) -> bool:
         return False
 
 
-_INPUT, _OUTPUT = Kind.INPUT, Kind.OUTPUT  # reading a member of a Flag costs more than a global
+# reading a member of a Flag costs more than a global
+_INPUT, _OUTPUT, _GRAD_INPUT, _GRAD_OUTPUT = Kind.INPUT, Kind.OUTPUT, Kind.GRAD_INPUT, Kind.GRAD_OUTPUT
 
 
 def _keep(pass_: Pass, kind: Kind, call: Call, value: Any, prefix: str = "") -> Any:
@@ -345,9 +342,9 @@ def _keep(pass_: Pass, kind: Kind, call: Call, value: Any, prefix: str = "") -> 
             small = storage.nbytes() <= 4 * value.nbytes + 4096
             if small and storage._cdata not in call.info.fixed and type(value._base) is not nn.Parameter:
                 kept = (value.data if value.requires_grad else value)._lazy_clone()
-                event = kind, call, prefix, kept, storage, version(value), None
-                pass_.events.append(event)
-                pass_.newest = value, event
+                count = version(value)
+                pass_.events.extend((kind, call, prefix, kept, storage, count, None))
+                pass_.newest = value, kept, storage, count
                 return kept
         except (RuntimeError, NotImplementedError):
             pass
@@ -361,7 +358,7 @@ def _keep(pass_: Pass, kind: Kind, call: Call, value: Any, prefix: str = "") -> 
             if storage is not None and storage.nbytes() > 4 * tensor.nbytes + 4096 and not _shares(tensor, kept):
                 storage = None  # it is worth less than the memory that it would hold
             geometry = None if storage is None else (tensor.stride(), tensor.storage_offset())
-            pass_.events.append((kind, call, prefix + path, kept, storage, version(tensor), geometry))
+            pass_.events.extend((kind, call, prefix + path, kept, storage, version(tensor), geometry))
         return kept
 
     return rebuild(value, visit)
@@ -374,41 +371,28 @@ def _take_input(pass_: Pass, call: Call, value: Any) -> None:
         call.args = _keep(pass_, _INPUT, call, args)
     elif newest is not None and newest[0] is args[0] and _unchanged(*newest):
         # what the layer before returned: one snapshot serves both, until somebody reads
-        _, _, _, kept, storage, count, _ = newest[1]
+        _, kept, storage, count = newest
         call.args = (kept,)
-        pass_.events.append((_INPUT, call, "", kept, storage, count, None))
+        pass_.events.extend((_INPUT, call, "", kept, storage, count, None))
         pass_.sharing.append(call)
     else:  # one argument, nearly always: not walked as a tuple
         call.args = (_keep(pass_, _INPUT, call, args[0]),)
     call.kwargs = _keep(pass_, _INPUT, call, kwargs, "kwargs") if kwargs else {}
 
 
-def _unchanged(tensor: torch.Tensor, seen: tuple[Any, ...]) -> bool:
+def _unchanged(tensor: torch.Tensor, kept: torch.Tensor, _: Any, count: int) -> bool:
     """Whether a tensor is as it was when it was last captured, also for writes that torch counts no version of."""
-    _, _, _, kept, _, count, _ = seen
     same = count == version(tensor) and count != -1 and data_address(tensor) == data_address(kept)
     return same and tensor.stride() == kept.stride() and tensor.shape == kept.shape  # not so after x.data = x.data.t()
-
-
-def _backward(call: Call, number: int) -> Backward:
-    backwards = call.backwards
-    if backwards and backwards[-1].number == number:
-        last: Backward = backwards[-1]
-        return last
-    backward = Backward(number)
-    call.backwards = (*backwards, backward)
-    return backward
 
 
 def _take_grad_output(call: Call, path: str, gradient: torch.Tensor, number: int) -> None:
     kept = snapshot(gradient)
     if kept is not None:
-        backward = _backward(call, number)
-        backward.grad_output = {**backward.grad_output, path: kept} if backward.grad_output else {path: kept}
+        call.received(number, _GRAD_OUTPUT, path, kept)
 
 
 def _take_grad_input(call: Call, path: str, gradient: torch.Tensor, number: int) -> None:
     kept = snapshot(gradient)
     if kept is not None:
-        backward = _backward(call, number)
-        backward.grad_input = {**backward.grad_input, path: kept} if backward.grad_input else {path: kept}
+        call.received(number, _GRAD_INPUT, path, kept)

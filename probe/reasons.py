@@ -96,7 +96,7 @@ def why_no_gradients(calls: list[Call], kinds: Kind) -> str | None:
 
 def lost_views(call: Call) -> list[str]:
     """Paths of outputs whose gradient hook torch dropped: views that were written to in place."""
-    came = {path for each in call.backwards for path in each.grad_output or ()}
+    came = {path for each in call.backwards for path in each.grad_output}
     return [path for path, alias, before in call.views if path not in came and alias._version != before]
 
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from probe.calls import UNSET, Call, Pass
+from probe.calls import UNSET, Backward, Call, Pass
 from probe.capture import Kind, Layer
-from probe.observers import Backward, Seen
+from probe.observers import Seen, seen
 from probe.reasons import why_no_gradient
 from probe.select import NoSuchLayer
 from probe.tree import data_address, fill, inputs, leaves
@@ -58,16 +58,16 @@ class BackwardRecord:
 
     @property
     def grad_output(self) -> Any:
-        return fill(self._call.shape_out, self._backward.grad_output or {})
+        return fill(self._call.shape_out, self._backward.grad_output)
 
     @property
     def grad_input(self) -> Any:
-        return fill(self._call.shape_in, self._backward.grad_input or {})
+        return fill(self._call.shape_in, self._backward.grad_input)
 
     @property
     def grad_kwargs(self) -> Any:
         alone = self._call.shape_kwargs is self._call.shape_in
-        return fill(self._call.shape_kwargs, self._backward.grad_input or {}, "" if alone else "kwargs")
+        return fill(self._call.shape_kwargs, self._backward.grad_input, "" if alone else "kwargs")
 
 
 class Record:
@@ -290,13 +290,13 @@ def _cell(value: Any) -> str:
 
 def overwritten(pass_: Pass) -> list[OverwrittenRow]:
     """Which outputs of a pass were written to after they were captured, by whom, and how much of them."""
-    events = [Seen(*event) for event in pass_.events]
+    events = seen(pass_)
     rows: dict[str, OverwrittenRow] = {}
-    for position, seen in enumerate(events):
-        share = _share(seen) if seen.kind is Kind.OUTPUT else 0.0
-        name = seen.call.layer.name
+    for position, event in enumerate(events):
+        share = _share(event) if event.kind is Kind.OUTPUT else 0.0
+        name = event.call.layer.name
         if share and (name not in rows or (rows[name].share or 0.0) < share):
-            rows[name] = OverwrittenRow(name, _writer(seen, events[position + 1 :]), share)
+            rows[name] = OverwrittenRow(name, _writer(event, events[position + 1 :]), share)
     return list(rows.values())
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from probe import Kind, NoSuchLayer, Probe, ProbeWarning
+from probe.observers import seen
 from probe.tree import leaves
 from tests import zoo
 
@@ -973,7 +974,7 @@ def test_a_small_view_does_not_keep_a_large_storage() -> None:
     model = nn.Sequential(Crop())
     with Probe(model) as p:
         model(torch.ones(1))
-        held = [event[4] for pass_ in p._store.passes() for event in pass_.events if event[1].layer.name == "0"]
+        held = [event.storage for pass_ in p._store.passes() for event in seen(pass_) if event.call.layer.name == "0"]
         assert all(storage is None or storage.nbytes() < 1000 for storage in held)
     assert p["0"].output.untyped_storage().nbytes() == 16
 
