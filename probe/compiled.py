@@ -20,7 +20,8 @@ from torch import nn
 from probe import hooks
 from probe.calls import Call, Pass, PassInfo, Receiver
 from probe.capture import Kind, Layer
-from probe.hooks import Tap, graph_task
+from probe.forward import graph_task, same
+from probe.hooks import Tap
 from probe.select import wrapped_attribute
 from probe.session import IN_GRAPH, Session
 from probe.tree import Leaves, input_leaves, leaves, rebuild
@@ -258,7 +259,7 @@ class GraphSession(Session):
                     return tensor
                 return _Tap.apply(tensor, self.tokens[1], self.number, site, spot, path)  # type: ignore[no-any-return]
 
-            return rebuild(output, tapped, opaque=hooks.same)
+            return rebuild(output, tapped, opaque=same)
 
         return _untraced(hook)
 

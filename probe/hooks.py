@@ -1,14 +1,13 @@
 """The four hooks: the only file that calls a ``register_*`` of torch.
 
-A `Tap` sits on one layer. Its hooks turn each call of the module into a `Call`, apply edits, and hand what flows to the
-takers that receivers offer.
+A `Tap` sits on one layer: it puts on the hooks around the module's forward, which `probe.forward` has, and those on the
+graph of each call, through which gradients go to the takers that receivers offer.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 import threading
 import types
 import weakref
@@ -21,42 +20,28 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from probe.calls import Call, Pass, PassInfo, StopForward
+from probe.calls import Call, PassInfo
 from probe.capture import Kind, Layer
+from probe.forward import (
+    After,
+    Before,
+    ForwardHook,
+    HookGradients,
+    Passes,
+    Short,
+    graph_task,
+    put,
+    same,
+    sequence_number,
+)
 from probe.graph import Base, Edges, edge, version
-from probe.tree import SOLE, input_leaves, inputs, leaves, rebuild, shape, snapshot, storage_of
-
-graph_task: Callable[[], int] = torch._C._current_graph_task_id
-_sequence_number: Callable[[], int] = torch._C._autograd._get_sequence_nr
-
-_tensor_type = torch.Tensor
+from probe.tree import SOLE, input_leaves, inputs, leaves, rebuild, shape, snapshot
 
 
 class Deliver(Protocol):
     """Takes a gradient that came to a call; what it returns replaces it."""
 
     def __call__(self, call: Call, gradient: torch.Tensor | None, path: str = "") -> torch.Tensor | None: ...
-
-
-
-class Passes(Protocol):
-    """What a tap needs of the session that it belongs to."""
-
-    backward: str
-    closed: bool
-    copy_views: bool
-    local: Local
-    scaler: Any
-    stopping: str | None
-    versions: bool
-
-    def begin(self, module: nn.Module) -> Pass | None: ...
-    def end(self, pass_: Pass, *, whole: bool) -> None: ...
-    def explain(self, error: BaseException | None, pass_: Pass) -> None: ...
-    def handles(self) -> list[Any]: ...
-    def hook_leaf(self, tensor: torch.Tensor, hook: Any) -> None: ...
-    def is_scope(self, module: nn.Module) -> bool: ...
-    def unscaled(self, gradient: torch.Tensor) -> torch.Tensor: ...
 
 
 class Hook(functools.partial):  # type: ignore[type-arg]  # a partial: C speed, where __call__ in Python costs a frame
@@ -74,70 +59,6 @@ class Hook(functools.partial):  # type: ignore[type-arg]  # a partial: C speed, 
 
     def __reduce__(self) -> Any:
         return getattr, (contextlib.nullcontext(), "__exit__")
-
-
-class Short:
-    """The hook of a layer of which only the output is kept: it logs a snapshot, which becomes a call when read.
-
-    Its cost beyond a bare hook is one ``_lazy_clone`` and a handful of attribute reads. Whatever is not a plain tensor
-    in a plain pass goes the long way round. The hook is a bound method, as Python calls these without a detour through
-    C, and of this name: a pickle of it looks `__exit__` up in what `__reduce__` says, and finds something inert.
-    """
-
-    __slots__ = ("_after", "_local", "_owner", "_session", "_taker", "_tap")
-
-    def __init__(self, tap: Tap, after: Callable[..., Any]) -> None:
-        self._tap = tap
-        self._after = after
-        self._session = tap.session
-        self._local = tap.session.local
-        self._owner: nn.Module | None = None  # the module, once a snapshot shared memory: until somebody writes to it
-        self._taker = tap.short
-        self._taker.shares = False
-
-    def __exit__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        log = self._local.log
-        if log is None or module is not self._owner or type(output) is not _tensor_type or graph_task() != -1:
-            return self._long(module, args, output)
-        try:
-            storage = output.untyped_storage()  # first: wrappers of torch.func refuse it
-            count = output._version if self._session.versions else -1
-            if output.requires_grad:
-                output = output.data  # costs less than detach(), as it is no operation; it counts its own versions
-            log((self._tap, storage, output._lazy_clone(), count))
-        except (RuntimeError, NotImplementedError):
-            return self._long(module, args, output)
-        return None
-
-    def _long(self, module: nn.Module, args: Any, output: Any) -> Any:
-        result = self._after(module, args, output)
-        self._owner = self._tap.layer.module if self._taker.shares else None
-        return result
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return _InertShort()
-
-    def __reduce__(self) -> Any:
-        return contextlib.nullcontext, ()
-
-
-class _InertShort(Short):
-    """What a copy of a short hook is bound to."""
-
-    __slots__ = ()
-
-    def __init__(self) -> None:
-        self._local = Local()
-
-    def _long(self, module: nn.Module, args: Any, output: Any) -> None:
-        return None
-
-
-class Local(threading.local):
-    current: Pass | None = None
-    log: Callable[[Any], None] | None = None  # appends to the current pass's `raw`; None where the short hook must not
-    replays: tuple[int, dict[Any, int]] = (-1, {})
-    replay_stack: tuple[tuple[Tap, Any], ...] = ()
 
 
 class Tap:
@@ -171,13 +92,13 @@ class Tap:
             if by_module:
                 handles.append(_FullBackwardHandle(module, Hook(self._module_backward())))
             if paired:
-                self.before = Hook(self._before(by_module))
+                self.before = Before(self, by_module).__exit__
                 handles.append(module.register_forward_pre_hook(self.before, with_kwargs=True))
             if paired or self.asks(Kind.OUTPUT) or self.asks(Kind.GRAD_OUTPUT) or self.stop:
-                after = self._after(paired, by_module)
                 self.short = None if paired or self.stop or self.asks(Kind.GRAD_OUTPUT) else self._only_taker()
-                hook = Hook(after) if self.short is None else Short(self, after).__exit__
-                handles.append(module.register_forward_hook(hook, always_call=paired))
+                gradients = self._gradient_hooks(by_module)
+                after = Short(self) if self.short is not None else After(self, paired, by_module, gradients)
+                handles.append(module.register_forward_hook(after.__exit__, always_call=paired))
         except BaseException:
             for handle in handles:
                 handle.remove()
@@ -190,115 +111,11 @@ class Tap:
         alone = len(takers) == 1 and not self.edits.get(Kind.OUTPUT)
         return takers[0] if alone and hasattr(takers[0], "settle") else None
 
-    def _before(self, by_module: bool) -> Callable[..., Any]:
-        session, local, layer, owner = self.session, self.session.local, self.layer, self.layer.module
-        takers, edits = self.takers.get(Kind.INPUT, ()), self.edits.get(Kind.INPUT, ())
-        wants_grad = self.asks(Kind.GRAD_INPUT) and not by_module
-        edits_grad = bool(self.edits.get(Kind.GRAD_INPUT)) and not by_module
-        replays = wants_grad or (self.asks(Kind.GRAD_OUTPUT) and not by_module)
-
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-            if kwargs is None:  # a hook that is removed while torch runs the hooks is called as one without keywords
-                return None
-            if module is not owner and not is_replica(module):
-                return None
-            edited = False
-            if graph_task() != -1:  # recomputation under activation checkpointing: no new call
-                for edit in edits:
-                    args, kwargs = _put(args, kwargs, edit(inputs(args, kwargs)))
-                    edited = True
-                if replays:
-                    self._replay_before(args, kwargs, wants_grad)
-                return (args, kwargs) if edited else None
-            pass_ = local.current or session.begin(module)
-            if pass_ is None or not pass_.open:
-                return None
-            call = pass_.call(layer)
-            entry = [self, call, None]
-            pass_.stack.append(entry)  # before user code: the forward hook finds it whatever that raises
-            for edit in edits:
-                args, kwargs = _put(args, kwargs, edit(inputs(args, kwargs)))
-                edited = True
-            for take in takers:
-                take(pass_, call, (args, kwargs))
-            if not pass_.open:  # an edit or observer left the probe
-                return (args, kwargs) if edited else None
-            if wants_grad or by_module:
-                call.shape_in = shape(args[0] if len(args) == 1 else inputs(args, kwargs))
-                call.shape_kwargs = call.shape_in if kwargs and not args else shape(kwargs) if kwargs else {}
-            if edits_grad and torch.is_grad_enabled():
-                args, kwargs = self._separate(call, pass_.handles, args, kwargs)
-                edited = True
-            elif wants_grad and torch.is_grad_enabled():
-                entry[2] = Edges(args, kwargs)
-            if by_module:
-                self.tickets.append((_sequence_number(), weakref.ref(call), call.index, call.info))
-            return (args, kwargs) if edited else None
-
-        return before
-
-    def _after(self, paired: bool, by_module: bool) -> Callable[..., Any]:
-        session, local, layer, owner = self.session, self.session.local, self.layer, self.layer.module
-        takers, edits = self.takers.get(Kind.OUTPUT, ()), self.edits.get(Kind.OUTPUT, ())
-        wants_output = self.asks(Kind.GRAD_OUTPUT) and not by_module
-        wants_grad = wants_output or (self.asks(Kind.GRAD_INPUT) and not by_module)
-        hook_gradients = self._gradient_hooks(wants_output) if wants_grad else None
-        copies_views = wants_output and session.copy_views
-
-        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            if module is not owner and not is_replica(module):
-                return None
-            if graph_task() != -1:
-                return self._replay_after(module, output, edits, copies_views, hook_gradients)
-            pass_ = local.current
-            alone = pass_ is None and not paired
-            if alone:
-                pass_ = session.begin(module)
-            if pass_ is None or not pass_.open:
-                return None
-            try:
-                edges: Edges | None = None
-                if not paired:
-                    call = pass_.call(layer)
-                else:
-                    popped = pass_.pop(self)
-                    if popped is None:
-                        return None  # the hooks were put on while the module ran
-                    call, edges = popped
-                    self.fired = True
-                    error = None if output is not None else raised(module, output)
-                    if error is not None:
-                        stopped = isinstance(error, StopForward)
-                        call.raised = "stop_after ended its forward" if stopped else "its forward raised an exception"
-                        session.explain(error, pass_)
-                        return None
-                self.fired = True
-                result = output
-                for edit in edits:
-                    result = edit(result)
-                if copies_views and torch.is_grad_enabled():
-                    result = _without_views(result)
-                for take in takers:
-                    take(pass_, call, result)
-                if not pass_.open:  # an edit or observer left the probe: no hook may be put on a graph now
-                    return None if result is output else result
-                if hook_gradients is not None:
-                    hook_gradients(pass_.handles, call, result, edges)
-                elif by_module:
-                    call.shape_out = shape(result)
-                    pass_.storages.update((s._cdata, layer.name) for _, t in leaves(result) if (s := storage_of(t)))
-                if self.stop:
-                    session.stopping = layer.name
-                    raise StopForward(session, layer.name)
-                return None if result is output else result
-            finally:
-                if pass_.outermost is module and not pass_.stack and pass_.depth == 1 and not session.is_scope(module):
-                    session.end(pass_, whole=sys.exc_info()[1] is None)
-
-        return after
-
-    def _gradient_hooks(self, wants_output: bool) -> Callable[[list[Any], Call, Any, Edges | None], None]:
+    def _gradient_hooks(self, by_module: bool) -> HookGradients | None:
         """The function that puts hooks on the graph of one call: on its outputs, and on what consumes its inputs."""
+        wants_output = self.asks(Kind.GRAD_OUTPUT) and not by_module
+        if not wants_output and (by_module or not self.asks(Kind.GRAD_INPUT)):
+            return None
         at_output = self.on_gradient(Kind.GRAD_OUTPUT) if wants_output else None
         at_input = self.on_gradient(Kind.GRAD_INPUT)
         tensor_type, hook_leaf = torch.Tensor, self.session.hook_leaf
@@ -313,7 +130,7 @@ class Tap:
                 tensors = [(path, tensor) for path, tensor in leaves(output) if tensor.requires_grad]
             if not tensors:
                 if not torch.is_grad_enabled() and call.info.grad_enabled:  # perhaps a reentrant checkpoint's first run
-                    self.tickets.append((_sequence_number(), weakref.ref(call), call.index, call.info))
+                    self.tickets.append((sequence_number(), weakref.ref(call), call.index, call.info))
                 return
             call.needs_grad = True
             if edges is not None and edges.paths:
@@ -367,7 +184,7 @@ class Tap:
         if edges.views and (lost := edges.overwritten_views(consumers, passed)):
             call.note(f"grad_input{lost[0]} is lost: the input is a view and the module writes to it in place")
 
-    def _separate(self, call: Call, handles: list[Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def separate(self, call: Call, handles: list[Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Copies of the input tensors that only this module consumes, so that an edit of its share touches no other."""
         on_gradient = self.on_gradient(Kind.GRAD_INPUT)
         if not any(tensor.requires_grad for _, tensor in input_leaves(args, kwargs)):
@@ -380,7 +197,7 @@ class Tap:
             handles.append(copy.register_hook(Hook(on_gradient, call, path=path)))
             return copy
 
-        args, kwargs = _put(args, kwargs, rebuild(inputs(args, kwargs), copied, opaque=same))
+        args, kwargs = put(args, kwargs, rebuild(inputs(args, kwargs), copied, opaque=same))
         if args and kwargs:
             kwargs = rebuild(kwargs, lambda path, tensor: copied(f"kwargs{path}", tensor), opaque=same)
         return args, kwargs
@@ -405,34 +222,13 @@ class Tap:
         on_gradient.__torch_unserializable__ = True  # type: ignore[attr-defined]  # as `Hook` has it
         return on_gradient
 
-    def _replay_before(self, args: tuple[Any, ...], kwargs: dict[str, Any], wants_grad: bool) -> None:
+    def replay_before(self, args: tuple[Any, ...], kwargs: dict[str, Any], wants_grad: bool) -> None:
         """Recomputation under activation checkpointing, inside backward: no new call, only gradients are of use."""
         edges = Edges(args, kwargs) if wants_grad and torch.is_grad_enabled() else None
         local = self.session.local
         local.replay_stack = (*local.replay_stack, (self, edges))
 
-    def _replay_after(
-        self,
-        module: nn.Module,
-        output: Any,
-        edits: tuple[Callable[[Any], Any], ...],
-        copies_views: bool,
-        hook_gradients: Callable[[list[Any], Call, Any, Edges | None], None] | None,
-    ) -> Any:
-        """The forward hook while a checkpoint recomputes: what flows is edited again, and the gradients are hooked."""
-        result = output
-        if raised(module, output) is None:
-            for edit in edits:
-                result = edit(result)
-            if copies_views:
-                result = _without_views(result)
-        if hook_gradients is not None:
-            self._replay_gradients(result, hook_gradients)
-        return None if result is output else result
-
-    def _replay_gradients(
-        self, output: Any, hook_gradients: Callable[[list[Any], Call, Any, Edges | None], None]
-    ) -> None:
+    def replay_gradients(self, output: Any, hook_gradients: HookGradients) -> None:
         local = self.session.local
         edges = None
         while local.replay_stack:  # early stop leaves modules behind that were entered and not left
@@ -587,43 +383,9 @@ def _run_first(handle: Any) -> None:
     hooks.update(others)
 
 
-def same(value: Any) -> Any:
-    return value
-
-
-def _without_views(value: Any) -> Any:
-    """The value itself where no tensor is a view that needs a gradient, else a copy of it with clones of those."""
-    views = {id(tensor) for _, tensor in leaves(value) if tensor.requires_grad and tensor._is_view()}
-    if not views:
-        return value
-    return rebuild(value, lambda _, tensor: _copied(tensor) if id(tensor) in views else tensor, opaque=same)
-
-
-def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that is no view, also of a subclass, whose operations hand out views of plain tensors."""
-    if type(tensor) is torch.Tensor:
-        return tensor.clone()
-    with torch._C.DisableTorchFunctionSubclass():
-        copy = tensor.clone()
-    if type(copy) is not type(tensor):
-        copy.__class__ = type(tensor)
-        copy.__dict__.update(tensor.__dict__)
-    return copy
-
-
 def _module_paths(gradients: Any) -> list[tuple[str, torch.Tensor | None]]:
     given = (gradients,) if isinstance(gradients, torch.Tensor) else gradients
     return [("" if len(given) == 1 else f"[{i}]", gradient) for i, gradient in enumerate(given)]
-
-
-def is_replica(module: nn.Module) -> bool:
-    return getattr(module, "_is_replica", False)  # DataParallel's copies share the hook dictionaries
-
-
-def _put(args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if len(args) == 1:
-        return (value,), kwargs
-    return (args, value) if kwargs and not args else (tuple(value), kwargs)
 
 
 class _FullBackwardHandle:
@@ -643,16 +405,6 @@ class _FullBackwardHandle:
             self.module._is_full_backward_hook = self.hook.flag
 
 
-def raised(module: nn.Module, output: Any) -> BaseException | None:
-    """The exception that left `module`, in a hook that torch always calls; not one that is handled further out."""
-    error = sys.exc_info()[1]
-    if output is not None or error is None or error.__traceback__ is None:
-        return None
-    frame = error.__traceback__.tb_frame
-    left = frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
-    return error if left else None
-
-
 def hookable(layers: list[Layer]) -> list[Layer]:
     """The layers without ScriptModules; that nothing is left is an error."""
     found = [layer for layer in layers if not isinstance(layer.module, torch.jit.ScriptModule)]
@@ -664,7 +416,8 @@ def hookable(layers: list[Layer]) -> list[Layer]:
 
 def ours(hook: Any) -> bool:
     """Whether a module's hook is a probe's; inert ones, of copies, are not."""
-    return isinstance(hook, Hook) or type(getattr(hook, "__self__", None)) is Short
+    bound_to = getattr(hook, "__self__", None)
+    return isinstance(hook, Hook) or (isinstance(bound_to, ForwardHook) and bound_to.live)
 
 
 def on_enter(module: nn.Module, function: Callable[..., Any], *, with_kwargs: bool = False) -> Any:

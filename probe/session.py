@@ -14,7 +14,8 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from probe.calls import Pass, PassInfo, Receiver
 from probe.capture import Kind, Layer
-from probe.hooks import Local, Tap, graph_task, is_replica, on_enter, on_gradient_of, on_leave, on_step, raised
+from probe.forward import Local, graph_task, is_replica, raised
+from probe.hooks import Tap, on_enter, on_gradient_of, on_leave, on_step
 from probe.select import ancestors, modules
 from probe.tree import leaves, local, storage_of
 

@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from probe import select
 from probe.board import new_folder
-from probe.hooks import graph_task, is_replica, on_any_call, on_any_step
+from probe.forward import graph_task, is_replica
+from probe.hooks import on_any_call, on_any_step
 from probe.ranks import rank
 from probe.watched import Model, Options, alive, is_traced, is_within, parameters_of, unwrapped
 
