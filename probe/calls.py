@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class Call:
     shape_kwargs: Any = UNSET
     shape_out: Any = UNSET
     raised = ""  # why there is no output
-    came: Sequence[Any] = ()  # gradients: backward pass, kind, path and tensor, one after another
+    came: list[Any] | None = None  # gradients: backward pass, kind, path and tensor, one after another
     notes: tuple[str, ...] = ()
     needs_grad = False
     input_needs_grad = False
@@ -64,18 +64,11 @@ class Call:
         self.index = index
         self.info = info
 
-    def received(self, backward: int, kind: Kind, path: str, gradient: torch.Tensor) -> None:
-        """Keep a gradient that a backward pass brought."""
-        if isinstance(self.came, list):
-            self.came.extend((backward, kind, path, gradient))
-        else:
-            self.came = [backward, kind, path, gradient]
-
     @property
     def backwards(self) -> list[Backward]:
         """What came back, by backward pass."""
         found: list[Backward] = []
-        fields = iter(list(self.came))
+        fields = iter(list(self.came or ()))
         for number, kind, path, gradient in zip(fields, fields, fields, fields, strict=True):
             if not found or found[-1].number != number:
                 found.append(Backward(number))
@@ -106,6 +99,7 @@ class Pass:
         "sharing",
         "stack",
         "storages",
+        "versions",
     )
 
     def __init__(self, outermost: nn.Module, info: PassInfo, handles: list[Any]) -> None:
@@ -117,6 +111,7 @@ class Pass:
         self._ungrouped: list[Call] = []  # calls that nobody asked for yet: a list a layer would be made for nothing
         self._grouped: dict[Layer, list[Call]] = {}
         self._counts: dict[Layer, int] = {}
+        self.versions = not torch.is_inference_mode_enabled()  # whether its tensors count versions
         self.events: list[Any] = []  # what the store saw: the fields of each `Seen`, one after another
         self.stack: list[list[Any]] = []  # of tap, call, and the edges of its inputs or None
         self.storages: dict[int, str] = {}

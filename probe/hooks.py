@@ -106,10 +106,11 @@ class Tap:
         return handles
 
     def _only_taker(self) -> Any:
-        """The taker of outputs, if it is the only one, nothing is edited, and it can take them without a call."""
+        """What takes outputs, if nothing else does, nothing is edited, and it can take them without a call."""
         takers = self.takers.get(Kind.OUTPUT, ())
-        alone = len(takers) == 1 and not self.edits.get(Kind.OUTPUT)
-        return takers[0] if alone and hasattr(takers[0], "settle") else None
+        taker = takers[0] if len(takers) == 1 and not self.edits.get(Kind.OUTPUT) else None
+        owner = getattr(taker, "__self__", None)
+        return owner if hasattr(owner, "settle") else None
 
     def _gradient_hooks(self, by_module: bool) -> HookGradients | None:
         """The function that puts hooks on the graph of one call: on its outputs, and on what consumes its inputs."""

@@ -303,16 +303,16 @@ class Store(Receiver):
             Kind.GRAD_INPUT: _take_grad_input,
             Kind.GRAD_OUTPUT: _take_grad_output,
         }
-        return takers.get(kind) or _TakeOutput()
+        return takers.get(kind) or _Outputs().take
 
 
-class _TakeOutput:
+class _Outputs:
     """Keeps outputs. `shares` says to a short hook, which it is None without, whether the last was copy-on-write."""
 
     def __init__(self) -> None:
         self.shares: bool | None = None
 
-    def __call__(self, pass_: Pass, call: Call, value: Any) -> None:
+    def take(self, pass_: Pass, call: Call, value: Any) -> None:
         call.output = _keep(pass_, _OUTPUT, call, value)
         if self.shares is not None:
             plain = type(value) is torch.Tensor and isinstance(call.output, torch.Tensor)
@@ -331,8 +331,7 @@ def _shares(live: torch.Tensor, kept: torch.Tensor) -> bool:
         return False
 
 
-# reading a member of a Flag costs more than a global
-_INPUT, _OUTPUT, _GRAD_INPUT, _GRAD_OUTPUT = Kind.INPUT, Kind.OUTPUT, Kind.GRAD_INPUT, Kind.GRAD_OUTPUT
+_INPUT, _OUTPUT = Kind.INPUT, Kind.OUTPUT  # reading a member of a Flag costs more than a global
 
 
 def _keep(pass_: Pass, kind: Kind, call: Call, value: Any, prefix: str = "") -> Any:
@@ -342,7 +341,7 @@ def _keep(pass_: Pass, kind: Kind, call: Call, value: Any, prefix: str = "") -> 
             small = storage.nbytes() <= 4 * value.nbytes + 4096
             if small and storage._cdata not in call.info.fixed and type(value._base) is not nn.Parameter:
                 kept = (value.data if value.requires_grad else value)._lazy_clone()
-                count = version(value)
+                count = value._version if pass_.versions else -1
                 pass_.events.extend((kind, call, prefix, kept, storage, count, None))
                 pass_.newest = value, kept, storage, count
                 return kept
@@ -382,17 +381,21 @@ def _take_input(pass_: Pass, call: Call, value: Any) -> None:
 
 def _unchanged(tensor: torch.Tensor, kept: torch.Tensor, _: Any, count: int) -> bool:
     """Whether a tensor is as it was when it was last captured, also for writes that torch counts no version of."""
-    same = count == version(tensor) and count != -1 and data_address(tensor) == data_address(kept)
+    same = count != -1 and count == tensor._version and data_address(tensor) == data_address(kept)
     return same and tensor.stride() == kept.stride() and tensor.shape == kept.shape  # not so after x.data = x.data.t()
 
 
-def _take_grad_output(call: Call, path: str, gradient: torch.Tensor, number: int) -> None:
-    kept = snapshot(gradient)
-    if kept is not None:
-        call.received(number, _GRAD_OUTPUT, path, kept)
+def _gradient_taker(kind: Kind) -> Taker:
+    def take(call: Call, path: str, gradient: torch.Tensor, number: int) -> None:
+        kept = snapshot(gradient)
+        if kept is None:
+            return
+        if call.came is None:
+            call.came = [number, kind, path, kept]
+        else:
+            call.came.extend((number, kind, path, kept))
+
+    return take
 
 
-def _take_grad_input(call: Call, path: str, gradient: torch.Tensor, number: int) -> None:
-    kept = snapshot(gradient)
-    if kept is not None:
-        call.received(number, _GRAD_INPUT, path, kept)
+_take_grad_input, _take_grad_output = _gradient_taker(Kind.GRAD_INPUT), _gradient_taker(Kind.GRAD_OUTPUT)

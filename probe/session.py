@@ -244,7 +244,7 @@ class Session:
         self.stopping = None
         self._release_leaves(threading.get_ident())
         if pass_.open:
-            self.versions = not torch.is_inference_mode_enabled()
+            self.versions = pass_.versions
             self.local.log = pass_.raw.append
             for receiver in self.receivers:
                 receiver.begin(pass_)
