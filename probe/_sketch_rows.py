@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils._python_dispatch import _disable_current_modes
 
+from probe import image
+
 Array: TypeAlias = np.ndarray[Any, Any]
 
 MANTISSA = 2
@@ -324,8 +326,26 @@ def _extremes(x: Array) -> tuple[float, float]:
     return float(np.minimum.reduce(x)), float(np.maximum.reduce(x))
 
 
+@cache
+def _opencv() -> Any:
+    """OpenCV, which converts to float64 as it sums; None where it is missing, or does not."""
+    try:
+        cv2 = image.opencv()
+    except ImportError:
+        return None
+    x = np.array([2.0**24, *[4097.0] * 63], np.float32)  # float32 holds neither the sum nor any of these squares
+    wide = x.astype(np.float64)
+    return cv2 if np.allclose(_sums_by(cv2, x), (wide.sum(), wide.dot(wide)), rtol=1e-13, atol=0) else None
+
+
+def _sums_by(cv2: Any, x: Array) -> tuple[float, float]:
+    return cv2.sumElems(x[None])[0], cv2.norm(x[None], cv2.NORM_L2SQR)
+
+
 def _sums(x: Array, shift: float) -> tuple[float, float]:
-    """Sum and sum of squares about `shift`, in float64, by pieces small enough for the nearest cache."""
+    """Sum and sum of squares about `shift`, in float64: in one pass each, or by pieces for the nearest cache."""
+    if not shift and (cv2 := _opencv()) is not None:
+        return _sums_by(cv2, x)
     total = squares = 0.0
     size = _piece()
     for start in range(0, len(x), size):

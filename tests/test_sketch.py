@@ -1037,6 +1037,27 @@ def test_on_cuda_a_graph_can_be_captured() -> None:
     assert [s.mean for s in found] == [3, 6]
 
 
+def test_opencv_converts_to_float64_as_it_sums() -> None:
+    """A new one that does not is left alone, and this says so."""
+    pytest.importorskip("cv2")
+    assert layout._opencv() is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("size", [3, 20_000, 700_001])
+def test_a_sketch_without_opencv_says_the_same(dtype: torch.dtype, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenCV may be missing, or not be importable where there is no libGL."""
+    x = (torch.randn(size, generator=torch.Generator().manual_seed(5)) * 1e4).to(dtype)
+    x[1] = math.nan
+    with_it = sketch.of(x)
+    monkeypatch.setattr(layout, "_opencv", lambda: None)
+    without = sketch.of(x)
+    assert torch.equal(with_it.row[: layout.SUM], without.row[: layout.SUM])
+    assert torch.equal(with_it.row[layout.HEAD :], without.row[layout.HEAD :])
+    assert with_it.sum == pytest.approx(without.sum, rel=1e-9)
+    assert with_it.sum_squares == pytest.approx(without.sum_squares, rel=1e-13)
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux lists the threads of a process there")
 def test_a_sketch_on_the_cpu_uses_one_thread() -> None:
     """Threads would wait for each other in every small operation, and for long where another core is busy."""
@@ -1044,9 +1065,10 @@ def test_a_sketch_on_the_cpu_uses_one_thread() -> None:
         import os
         import numpy as np
         import torch
-        from probe import sketch
+        from probe import image, sketch
 
         torch.set_num_threads(2)
+        image.opencv()  # its BLAS has a pool of its own
         threads = lambda: len(os.listdir("/proc/self/task"))
         x = np.maximum(np.arange(-300_000.0, 300_000.0), 0)
         wide, narrow = torch.from_numpy(x), torch.from_numpy(x.astype(np.float32))
