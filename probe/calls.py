@@ -17,7 +17,7 @@ from probe.tree import snapshot
 UNSET: Any = type("Unset", (), {"__repr__": lambda self: "<not captured>", "__bool__": lambda self: False})()
 """Stands where nothing was captured."""
 
-_settling = threading.Lock()
+_settling = threading.RLock()
 
 
 class PassInfo:
@@ -115,7 +115,7 @@ class Pass:
         self.events: list[Any] = []  # what the store saw: the fields of each `Seen`, one after another
         self.stack: list[list[Any]] = []  # of tap, call, and the edges of its inputs or None
         self.storages: dict[int, str] = {}
-        self.newest: Any = None  # the live tensor of the last event, and that event, while the pass runs
+        self.newest: Any = None  # the last event's live tensor, snapshot, storage and version, while the pass runs
         self.sharing: list[Call] = []  # whose argument is the snapshot of another call's output
         self.raw: list[tuple[Any, torch.UntypedStorage, torch.Tensor, int]] = []
 
@@ -143,16 +143,22 @@ class Pass:
         self._counts[layer] = index + 1
         call = Call(layer, index, self.info)
         self._ungrouped.append(call)
+        if self._grouped:  # somebody looked at this pass while it runs, and may have kept the lists
+            self._group()
         return call
 
     @property
     def calls(self) -> dict[Layer, list[Call]]:
         """The calls by layer, each layer's in order."""
+        self._group()
+        return self._grouped
+
+    def _group(self) -> None:
         with _settling:
-            new, self._ungrouped = self._ungrouped, []
+            new = self._ungrouped[:]
+            del self._ungrouped[: len(new)]
             for call in new:
                 self._grouped.setdefault(call.layer, []).append(call)
-        return self._grouped
 
     def pop(self, tap: Any) -> tuple[Call, Edges | None] | None:
         """The innermost open call of the tap; calls above it were left by an exception."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -55,9 +56,10 @@ class Local(threading.local):
 
 
 class ForwardHook:
-    """What a hook is bound to. A deep copy of the model gets an inert one; a pickle needs no `probe` to load.
+    """What a hook is bound to. A deep copy or a pickle of the model gets something inert in its place.
 
-    For that the hooks bear this name: a pickle of one looks `__exit__` up in what `__reduce__` says.
+    A pickle of a method looks its name up in what it is bound to, and so finds a function that does nothing, without
+    `probe`; a deep copy, and a pickle by cloudpickle, bind the method itself to it.
     """
 
     __slots__ = ("_owner", "_stands_in", "_tap")
@@ -67,22 +69,15 @@ class ForwardHook:
         self._owner: nn.Module | None = tap.layer.module
         self._stands_in = is_replica
 
-    @property
-    def live(self) -> bool:
-        """Whether this is no copy."""
-        return self._owner is not None
-
     def __deepcopy__(self, memo: Any) -> Any:
-        inert = object.__new__(type(self))
-        inert._owner, inert._stands_in = None, _never
-        return inert
+        return types.SimpleNamespace(**_INERT)
 
     def __reduce__(self) -> Any:
-        return contextlib.nullcontext, ()
+        return types.SimpleNamespace, (), _INERT
 
 
-def _never(module: nn.Module) -> bool:
-    return False
+_nothing = contextlib.nullcontext().__exit__  # takes anything, returns None
+_INERT = {"__exit__": _nothing, "_owner": None, "_stands_in": _nothing, "_known": None, "_long": _nothing}
 
 
 class Before(ForwardHook):
@@ -283,10 +278,17 @@ class Short(After):
             self._known = module if self._taker.shares else None
         return result
 
-    def __deepcopy__(self, memo: Any) -> Any:
-        inert = super().__deepcopy__(memo)
-        inert._known = None
-        return inert
+
+class _NotToCompile:
+    """What torch.jit.script comes upon where it looks for the source of a hook."""
+
+    @property
+    def __wrapped__(self) -> Any:
+        raise RuntimeError("a Probe is attached, and torch.jit.script would compile its hooks; script outside of it")
+
+
+for _hook in (Before.__exit__, After.__exit__, Short.__exit__):
+    _hook.__wrapped__ = _NotToCompile()  # type: ignore[union-attr]
 
 
 def raised(module: nn.Module, output: Any) -> BaseException | None:

@@ -331,6 +331,8 @@ class _View:
             call.note(f"grad_output{path} can be a part: the output is a view and was written to in place afterwards")
         return self.deliver(call, gradient, path)
 
+    at_view.__torch_unserializable__ = True  # type: ignore[attr-defined]  # as `Hook` has it
+
     def at_base(self, call: Call, path: str, gradients: tuple[Any, ...]) -> tuple[Any, ...] | None:
         base = self.base
         if base is None or gradients[base.position] is None or version(self.alias) == self.before:
@@ -417,8 +419,7 @@ def hookable(layers: list[Layer]) -> list[Layer]:
 
 def ours(hook: Any) -> bool:
     """Whether a module's hook is a probe's; inert ones, of copies, are not."""
-    bound_to = getattr(hook, "__self__", None)
-    return isinstance(hook, Hook) or (isinstance(bound_to, ForwardHook) and bound_to.live)
+    return isinstance(hook, Hook) or isinstance(getattr(hook, "__self__", None), ForwardHook)
 
 
 def on_enter(module: nn.Module, function: Callable[..., Any], *, with_kwargs: bool = False) -> Any:

@@ -368,7 +368,7 @@ def _take_input(pass_: Pass, call: Call, value: Any) -> None:
     newest = pass_.newest
     if len(args) != 1:
         call.args = _keep(pass_, _INPUT, call, args)
-    elif newest is not None and newest[0] is args[0] and _unchanged(*newest):
+    elif newest is not None and newest[0] is args[0] and _unchanged(args[0], newest[1], newest[3]):
         # what the layer before returned: one snapshot serves both, until somebody reads
         _, kept, storage, count = newest
         call.args = (kept,)
@@ -379,7 +379,7 @@ def _take_input(pass_: Pass, call: Call, value: Any) -> None:
     call.kwargs = _keep(pass_, _INPUT, call, kwargs, "kwargs") if kwargs else {}
 
 
-def _unchanged(tensor: torch.Tensor, kept: torch.Tensor, _: Any, count: int) -> bool:
+def _unchanged(tensor: torch.Tensor, kept: torch.Tensor, count: int) -> bool:
     """Whether a tensor is as it was when it was last captured, also for writes that torch counts no version of."""
     same = count != -1 and count == tensor._version and data_address(tensor) == data_address(kept)
     return same and tensor.stride() == kept.stride() and tensor.shape == kept.shape  # not so after x.data = x.data.t()

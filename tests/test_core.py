@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 import warnings
 import weakref
 from typing import Any
@@ -1090,11 +1091,53 @@ def test_a_graph_that_leaves_by_an_attribute_counts() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
-def test_scripting_a_probed_model_says_what_to_do() -> None:
+@pytest.mark.parametrize("kinds", [Kind.OUTPUT, Kind.INPUT, Kind.all()])
+def test_scripting_a_probed_model_says_what_to_do(kinds: Kind) -> None:
     """torch.jit.script would compile the hooks."""
     model = nn.Sequential(nn.Linear(2, 2))
-    with Probe(model), pytest.raises(AttributeError, match="script outside"):
-        torch.jit.script(model)
+    with Probe(model, kinds=kinds):
+        for part in (model, model[0]):
+            with pytest.raises((AttributeError, RuntimeError), match="script outside"):
+                torch.jit.script(part)
+
+
+@pytest.mark.parametrize("kinds", [Kind.OUTPUT, Kind.all()])
+def test_hooks_that_are_copied_as_cloudpickle_does_are_inert(kinds: Kind) -> None:
+    """It binds the very function to what the object is pickled as."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    with Probe(model, kinds=kinds) as p:
+        found = [*model[0]._forward_pre_hooks.values(), *model[0]._forward_hooks.values()]
+        for hook in found:
+            copied = types.MethodType(hook.__func__, pickle.loads(pickle.dumps(hook.__self__)))
+            assert copied(model[0], (torch.ones(1, 2),), torch.ones(1, 2)) is None
+            assert copied(nn.Linear(2, 2), (), {}) is None
+        assert len(found) == (1 if kinds is Kind.OUTPUT else 2)
+        assert not p["0"].calls
+
+
+def test_an_output_that_is_a_view_can_be_saved() -> None:
+    """Torch warns of tensors with hooks that do not say they stay out of the file."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Unflatten(1, (2, 2)))
+    with Probe(model):
+        torch.save(model(torch.randn(2, 4)), io.BytesIO())
+
+
+def test_a_record_that_is_read_within_a_pass_has_all_of_it_afterwards() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(2, 2)
+            self.seen: list[Any] = []
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.fc(x)
+            self.seen.append(p["fc"])
+            return self.fc(x)
+
+    model = Twice()
+    with Probe(model) as p:
+        model(torch.randn(1, 2))
+        assert len(model.seen[0].calls) == 2
 
 
 def test_an_empty_selection_is_an_error() -> None:
