@@ -66,6 +66,7 @@ __all__ = [
     "Pool",
     "Sketch",
     "all_reduce",
+    "buckets",
     "fetch",
     "of",
     "of_many",
@@ -85,6 +86,18 @@ class Buckets(NamedTuple):
 
     limits: list[float]
     counts: list[int]
+
+
+@cache
+def _edges() -> tuple[Array, Array]:
+    """The left and the right edge of each bin, in the order of the row; NaN for those that stay empty."""
+    edges = layout.edges()
+    found = np.full((2, BINS), math.nan)
+    for i in (0, 1):
+        positive = edges[layout.INFINITE + i :][: layout.INFINITE]
+        found[i, : layout.INFINITE] = positive
+        found[i, layout.NEGATIVE : layout.LOWEST + 1] = -edges[layout.INFINITE + 1 - i :][: layout.INFINITE]
+    return found[0], found[1]
 
 
 class _Reading(NamedTuple):
@@ -252,20 +265,23 @@ class Sketch:
             return self.zeros / self.count if self.count else math.nan
         return float(self.posinf + self.neginf if name == "inf" else getattr(self, name))
 
-    def _bins(self) -> tuple[Array, Array, Array]:
-        """Left edges, right edges and counts of the bins that are not empty, from the lowest to the highest."""
+    def _counts(self) -> Array:
+        """The histogram as it lies in the row."""
         if len(self._words) == HEAD:
             raise ValueError(
                 "This sketch has no histogram: it was made with histogram=False (or added to one that was). "
                 "Make it with sketch.of(tensor) to read quantiles and buckets."
             )
-        bins = self._words[HEAD:]
+        return self._words[HEAD:]
+
+    def _bins(self) -> tuple[Array, Array, Array]:
+        """Left edges, right edges and counts of the bins that are not empty, from the lowest to the highest."""
+        bins = self._counts()
         (filled,) = bins.nonzero()
         positive = int(filled.searchsorted(layout.NEGATIVE))
         filled = np.concatenate([filled[positive:][::-1], filled[:positive]])
-        place = np.where(filled < layout.NEGATIVE, filled + layout.INFINITE, layout.LOWEST - filled)
-        edges = layout.edges()
-        return edges[place], edges[place + 1], bins[filled]
+        left, right = _edges()
+        return left[filled], right[filled], bins[filled]
 
     def quantile(self, q: float) -> float:
         """The q-quantile of the finite values, wrong by at most the width of the bins it falls into.
@@ -318,21 +334,8 @@ class Sketch:
         Raises:
             ValueError: the sketch was made with ``histogram=False``.
         """
-        left, right, counts = self._bins()
-        if not len(counts):
-            return Buckets([], [])
-        low, high = self.min, self.max
-        limits = np.clip(right, low, high)
-        if left[-1] >= high:
-            left[-1] = math.nextafter(high, -math.inf)
-            limits[:-1] = np.minimum(limits[:-1], left[-1])
-        limits[-1] = high
-        (gaps,) = np.nonzero(left[1:] > limits[:-1])
-        made = Buckets(limits.tolist(), counts.tolist())
-        for gap in gaps[::-1].tolist():
-            made.limits.insert(gap + 1, float(left[gap + 1]))
-            made.counts.insert(gap + 1, 0)
-        return made
+        ((limits, counts),) = buckets([self])
+        return Buckets(limits.tolist(), counts.tolist())
 
     def __add__(self, other: Sketch) -> Sketch:
         """The sketch of both tensors together: counts are exact, moments right to float64's rounding."""
@@ -378,6 +381,35 @@ def _settle(sketches: Iterable[Sketch]) -> None:
         rows = fold(torch.stack([torch.stack(terms) for terms in zip(*(s._rows() for s in group), strict=True)]))
         for sketch, row in zip(group, rows, strict=True):
             sketch._terms = [row]
+
+
+def buckets(sketches: Sequence[Sketch]) -> list[tuple[Array, Array]]:
+    """`Sketch.buckets` of many, in as few calls of NumPy as of one: limits (float64) and counts (int64) of each."""
+    if not sketches:
+        return []
+    found = [each._bins() for each in sketches]
+    left, limits, counts = (np.concatenate(each) for each in zip(*found, strict=True))
+    which = np.repeat(np.arange(len(found)), [len(each[2]) for each in found])
+    lows, highs = (np.array(ends)[which] for ends in zip(*((each.min, each.max) for each in sketches), strict=True))
+    np.clip(limits, lows, highs, out=limits)
+    last = np.append(which[1:] != which[:-1], True)[: len(which)]
+    at_top = np.flatnonzero(last & (left >= highs))
+    left[at_top] = np.nextafter(highs[at_top], -math.inf)
+    before = at_top[at_top > 0] - 1
+    before = before[~last[before]]
+    limits[before] = np.minimum(limits[before], left[before + 1])
+    limits[last] = highs[last]
+    gap = (
+        np.flatnonzero(~last[:-1] & (left[1:] > limits[:-1])) + 1
+    )  # before these, an empty bucket up to their left edge
+    after = np.zeros(len(left), np.int64)
+    after[gap] = 1
+    at = np.arange(len(left)) + after.cumsum()
+    all_limits, all_counts = np.empty(len(left) + len(gap)), np.zeros(len(left) + len(gap), np.int64)
+    all_limits[at], all_counts[at] = limits, counts
+    all_limits[at[gap] - 1] = left[gap]
+    ends = np.bincount(np.concatenate([which, which[gap]]), minlength=len(sketches)).cumsum().tolist()
+    return [(all_limits[i:j], all_counts[i:j]) for i, j in zip([0, *ends], ends, strict=False)]
 
 
 def of(tensor: Tensor, *, histogram: bool = True) -> Sketch | None:
