@@ -307,8 +307,9 @@ def _chunks(values: Tensor) -> Iterator[tuple[Array, Array]]:
         else:
             exact = _buffers.take(exact_dtype, min(size - start, _CHUNK))
             chunk = values[start : start + _CHUNK]
-            for piece, source in zip(torch.from_numpy(exact).split(_PIECE), chunk.split(_PIECE), strict=True):
-                piece.copy_(source)
+            held = torch.from_numpy(exact)
+            for first in range(0, len(exact), _PIECE):
+                held[first : first + _PIECE].copy_(chunk[first : first + _PIECE])
         narrow = exact
         if exact_dtype == "f8":
             narrow = _buffers.take("f4", len(exact))
@@ -366,11 +367,10 @@ def _count(exact: Array, narrow: Array, bins: Array) -> int:
     index = _buffers.take("u2", len(narrow))
     np.right_shift(narrow.view(np.uint32), DROP, out=index, casting="unsafe")
     if len(index) > SMALL:
-        whole = torch.from_numpy(index.view(np.int16))
-        pieces = whole.split(_piece())
-        counts: Array = torch.bincount(pieces[0], minlength=BINS).numpy()
-        for piece in pieces[1:]:
-            counts += torch.bincount(piece, minlength=BINS).numpy()
+        whole, size = torch.from_numpy(index.view(np.int16)), _piece()
+        counts: Array = torch.bincount(whole[:size], minlength=BINS).numpy()
+        for start in range(size, len(whole), size):
+            counts += torch.bincount(whole[start : start + size], minlength=BINS).numpy()
     else:
         counts = np.bincount(index, minlength=BINS)
     near = zeros = int(counts[0] + counts[NEGATIVE])
