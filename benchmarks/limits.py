@@ -100,7 +100,8 @@ def capture(found: Results, device: str, seconds: float, name: str, against: str
     """A way of `benchmarks.overhead` to look into a forward of mlp200, where modules do next to nothing else."""
     arms = {arm.name: arm for arm in ARMS}
     work = prepare("mlp200", "forward", device, torch.float32, False, {})
-    with arms[name].attach(work, 1) as measured, arms[against].attach(work.twin(), 1) as base:
+    twin = work.twin()
+    with arms[name].attach(work, 1) as measured, arms[against].attach(twin, 1) as base:
         ratio = compare(measured.step, base.step, seconds=seconds)
     found.add(f"mlp200, forward: {name:28} / {against}   {ratio}", what=name, against=against, ratio=ratio)
 

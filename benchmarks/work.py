@@ -38,9 +38,15 @@ class Work:
         return next(self.model.parameters()).device.type
 
     def twin(self) -> Work:
-        """The same work on a copy of the model."""
-        model = copy.deepcopy(self.model)
-        return Work(model, self.inputs, _optimizer(model) if self.optimizer else None, self.compiled)
+        """The same work on a copy of the model.
+
+        Raises:
+            ValueError: the model has hooks, which would be copied too: make the copy before an arm is attached.
+        """
+        if any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules()):
+            raise ValueError("make the twin of a model before hooks are put on it: they would be copied too")
+        model, optimizer = copy.deepcopy((self.model, self.optimizer))
+        return Work(model, self.inputs, optimizer, self.compiled)
 
     def forward(self) -> Any:
         """The model's output."""

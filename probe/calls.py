@@ -127,8 +127,8 @@ class Pass:
         with _settling:
             entries = self.raw[:]
             del self.raw[: len(entries)]  # the same list: its append is bound in the running thread
-            for tap, *entry in entries:
-                tap.short.settle(self, self._call(tap.layer), *entry)
+            for hook, *entry in entries:
+                hook.taker.settle(self, self._call(hook.layer), *entry)
             while self.sharing:
                 call = self.sharing.pop()
                 call.args = (snapshot(call.args[0]),)

@@ -241,20 +241,28 @@ class After(ForwardHook):
         return None if result is output else result
 
 
-class Short(After):
+class Short(ForwardHook):
     """The hook of a layer of which only the output is kept: it logs a snapshot, which becomes a call when read.
 
-    Its cost beyond a bare hook is one ``_lazy_clone`` and a handful of attribute reads. Whatever is not a plain tensor
-    in a plain pass goes the long way round.
+    Its cost beyond a bare hook is one ``_lazy_clone`` and a handful of attribute reads, of few objects. Whatever is not
+    a plain tensor in a plain pass goes the long way round.
+
+    Arguments:
+        tap: whose.
+        taker: the only one of its outputs: it can `settle` what this logs, and says whether a snapshot `shares` memory.
     """
 
-    __slots__ = ("_known", "_taker")
+    __slots__ = ("_after", "_known", "_local", "_session", "layer", "taker")
 
-    def __init__(self, tap: Any) -> None:
-        super().__init__(tap, False, False, None)
+    def __init__(self, tap: Any, taker: Any) -> None:
+        super().__init__(tap)
+        self._after = After(tap, False, False, None)
         self._known: nn.Module | None = None  # the module, once a snapshot shared memory: until somebody writes to it
-        self._taker = tap.short
-        self._taker.shares = False
+        self._local = tap.session.local
+        self._session = tap.session
+        self.layer = tap.layer
+        self.taker = taker
+        taker.shares = False
 
     def __exit__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if module is not self._known:
@@ -267,15 +275,15 @@ class Short(After):
             count = output._version if self._session.versions else -1
             if output.requires_grad:
                 output = output.data  # costs less than detach(), as it is no operation; it counts its own versions
-            log((self._tap, storage, output._lazy_clone(), count))
+            log((self, storage, output._lazy_clone(), count))
         except (RuntimeError, NotImplementedError):
             return self._long(module, args, output)
         return None
 
     def _long(self, module: nn.Module, args: Any, output: Any) -> Any:
-        result = super().__exit__(module, args, output)
+        result = self._after.__exit__(module, args, output)
         if module is self._owner:
-            self._known = module if self._taker.shares else None
+            self._known = module if self.taker.shares else None
         return result
 
 

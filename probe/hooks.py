@@ -72,7 +72,6 @@ class Tap:
         self.stop = 0  # how many times it was asked to end the forward here
         self.tried = False  # whether a whole pass went by while it had hooks, and whether they ever fired
         self.fired = False
-        self.short: Any = None
         self.before: Any = None  # the hook before the forward, where it needs one
         # (sequence number, weak call, index, info) of calls whose gradients come back by another road than a closure:
         # torch's module backward hook, and the recomputation of a reentrant checkpoint
@@ -95,10 +94,12 @@ class Tap:
                 self.before = Before(self, by_module).__exit__
                 handles.append(module.register_forward_pre_hook(self.before, with_kwargs=True))
             if paired or self.asks(Kind.OUTPUT) or self.asks(Kind.GRAD_OUTPUT) or self.stop:
-                self.short = None if paired or self.stop or self.asks(Kind.GRAD_OUTPUT) else self._only_taker()
-                gradients = self._gradient_hooks(by_module)
-                after = Short(self) if self.short is not None else After(self, paired, by_module, gradients)
-                handles.append(module.register_forward_hook(after.__exit__, always_call=paired))
+                taker = None if paired or self.stop or self.asks(Kind.GRAD_OUTPUT) else self._only_taker()
+                if taker is not None:
+                    handles.append(module.register_forward_hook(Short(self, taker).__exit__))
+                else:
+                    after = After(self, paired, by_module, self._gradient_hooks(by_module))
+                    handles.append(module.register_forward_hook(after.__exit__, always_call=paired))
         except BaseException:
             for handle in handles:
                 handle.remove()

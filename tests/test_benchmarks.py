@@ -165,6 +165,21 @@ def test_python_calls_are_counted_and_the_profiler_is_put_back() -> None:
     assert sys.getprofile() is before
 
 
+def test_a_twin_does_the_same_work() -> None:
+    """With an optimizer that is set as the first one, and without hooks: else a ratio compares two things."""
+    model = nn.Linear(2, 2)
+    work = Work(model, torch.ones(1, 2), torch.optim.SGD(model.parameters(), lr=1e-6, nesterov=True, momentum=0.5))
+    twin = work.twin()
+    assert twin.optimizer is not None
+    assert twin.optimizer.defaults == work.optimizer.defaults  # type: ignore[union-attr]
+    assert twin.optimizer.param_groups[0]["params"] == list(twin.model.parameters())
+    for each in (work, twin):
+        each.step()
+    assert torch.equal(model.weight, twin.model.weight)
+    with Probe(model), pytest.raises(ValueError, match="before hooks are put on it"):
+        work.twin()
+
+
 # -- timing ------------------------------------------------------------------------------------------------------------
 
 
