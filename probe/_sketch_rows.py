@@ -317,9 +317,9 @@ def _chunks(values: Tensor) -> Iterator[tuple[Array, Array]]:
         yield exact, narrow
 
 
-def _piece() -> int:
-    """So many elements at a time: where torch has several threads, as many as it leaves to one."""
-    return _PIECE if torch.get_num_threads() > 1 else 4 * _PIECE
+def _piece(most: int) -> int:
+    """So many elements at a time: `most`, or where torch has several threads as many as it leaves to one."""
+    return _PIECE if torch.get_num_threads() > 1 else most
 
 
 def _extremes(x: Array) -> tuple[float, float]:
@@ -348,7 +348,7 @@ def _sums(x: Array, shift: float) -> tuple[float, float]:
     if not shift and (cv2 := _opencv()) is not None:
         return _sums_by(cv2, x)
     total = squares = 0.0
-    size = _piece()
+    size = _piece(4 * _PIECE)
     for start in range(0, len(x), size):
         piece = x[start : start + size]
         wide = _buffers.take("f8 piece", len(piece))
@@ -367,7 +367,7 @@ def _count(exact: Array, narrow: Array, bins: Array) -> int:
     index = _buffers.take("u4", len(narrow))  # no narrower: a shift that casts, and a bincount of int16, take longer
     np.right_shift(narrow.view(np.uint32), DROP, out=index)
     if len(index) > SMALL:
-        whole, size = torch.from_numpy(index.view(np.int32)), _PIECE if torch.get_num_threads() > 1 else len(index)
+        whole, size = torch.from_numpy(index.view(np.int32)), _piece(len(index))
         counts: Array = torch.bincount(whole[:size], minlength=BINS).numpy()
         for start in range(size, len(whole), size):
             counts += torch.bincount(whole[start : start + size], minlength=BINS).numpy()

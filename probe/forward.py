@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from probe.calls import Call, Pass, StopForward
-from probe.capture import Kind
+from probe.capture import Kind, Layer
 from probe.graph import Edges
 from probe.tree import inputs, leaves, rebuild, shape, storage_of
 
@@ -55,6 +55,10 @@ class Local(threading.local):
     replay_stack: tuple[tuple[Any, Any], ...] = ()
 
 
+NOT_TO_COMPILE = "a Probe is attached, and torch.jit.script would compile its hooks; script outside of it"
+nothing = contextlib.nullcontext().__exit__  # takes anything, returns None; its pickle needs the standard library alone
+
+
 class ForwardHook:
     """What a hook is bound to. A deep copy or a pickle of the model gets something inert in its place.
 
@@ -62,10 +66,13 @@ class ForwardHook:
     `probe`; a deep copy, and a pickle by cloudpickle, bind the method itself to it.
     """
 
-    __slots__ = ("_owner", "_stands_in", "_tap")
+    __slots__ = ("_local", "_owner", "_session", "_stands_in", "_tap", "layer")
 
     def __init__(self, tap: Any) -> None:
         self._tap = tap
+        self.layer: Layer = tap.layer
+        self._session: Passes = tap.session
+        self._local = tap.session.local
         self._owner: nn.Module | None = tap.layer.module
         self._stands_in = is_replica
 
@@ -76,8 +83,7 @@ class ForwardHook:
         return types.SimpleNamespace, (), _INERT
 
 
-_nothing = contextlib.nullcontext().__exit__  # takes anything, returns None
-_INERT = {"__exit__": _nothing, "_owner": None, "_stands_in": _nothing, "_known": None, "_long": _nothing}
+_INERT = {"__exit__": nothing, "_owner": None, "_stands_in": nothing, "_known": None, "_long": nothing}
 
 
 class Before(ForwardHook):
@@ -87,10 +93,7 @@ class Before(ForwardHook):
         "_by_module",
         "_edits",
         "_edits_grad",
-        "_layer",
-        "_local",
         "_replays",
-        "_session",
         "_takers",
         "_wants_grad",
     )
@@ -98,9 +101,6 @@ class Before(ForwardHook):
     def __init__(self, tap: Any, by_module: bool) -> None:
         super().__init__(tap)
         self._by_module = by_module
-        self._layer = tap.layer
-        self._session = tap.session
-        self._local = tap.session.local
         self._takers, self._edits = tap.takers.get(Kind.INPUT, ()), tap.edits.get(Kind.INPUT, ())
         self._wants_grad = tap.asks(Kind.GRAD_INPUT) and not by_module
         self._edits_grad = bool(tap.edits.get(Kind.GRAD_INPUT)) and not by_module
@@ -122,7 +122,7 @@ class Before(ForwardHook):
         pass_ = self._local.current or self._session.begin(module)
         if pass_ is None or not pass_.open:
             return None
-        call = pass_.call(self._layer)
+        call = pass_.call(self.layer)
         entry = [self._tap, call, None]
         pass_.stack.append(entry)  # before user code: the forward hook finds it whatever that raises
         for edit in self._edits:
@@ -160,10 +160,7 @@ class After(ForwardHook):
         "_copies_views",
         "_edits",
         "_hook_gradients",
-        "_layer",
-        "_local",
         "_paired",
-        "_session",
         "_takers",
     )
 
@@ -172,9 +169,6 @@ class After(ForwardHook):
         self._paired = paired
         self._by_module = by_module
         self._hook_gradients = hook_gradients
-        self._layer = tap.layer
-        self._session: Passes = tap.session
-        self._local = tap.session.local
         self._takers, self._edits = tap.takers.get(Kind.OUTPUT, ()), tap.edits.get(Kind.OUTPUT, ())
         self._copies_views = tap.asks(Kind.GRAD_OUTPUT) and not by_module and tap.session.copy_views
 
@@ -192,7 +186,7 @@ class After(ForwardHook):
         try:
             edges: Edges | None = None
             if not self._paired:
-                call = pass_.call(self._layer)
+                call = pass_.call(self.layer)
             else:
                 popped = pass_.pop(tap)
                 if popped is None:
@@ -219,10 +213,10 @@ class After(ForwardHook):
                 self._hook_gradients(pass_.handles, call, result, edges)
             elif self._by_module:
                 call.shape_out = shape(result)
-                pass_.storages.update((s._cdata, self._layer.name) for _, t in leaves(result) if (s := storage_of(t)))
+                pass_.storages.update((s._cdata, self.layer.name) for _, t in leaves(result) if (s := storage_of(t)))
             if tap.stop:
-                session.stopping = self._layer.name
-                raise StopForward(session, self._layer.name)
+                session.stopping = self.layer.name
+                raise StopForward(session, self.layer.name)
             return None if result is output else result
         finally:
             if pass_.outermost is module and not pass_.stack and pass_.depth == 1 and not session.is_scope(module):
@@ -252,15 +246,12 @@ class Short(ForwardHook):
         taker: the only one of its outputs: it can `settle` what this logs, and says whether a snapshot `shares` memory.
     """
 
-    __slots__ = ("_after", "_known", "_local", "_session", "layer", "taker")
+    __slots__ = ("_after", "_known", "taker")
 
     def __init__(self, tap: Any, taker: Any) -> None:
         super().__init__(tap)
         self._after = After(tap, False, False, None)
         self._known: nn.Module | None = None  # the module, once a snapshot shared memory: until somebody writes to it
-        self._local = tap.session.local
-        self._session = tap.session
-        self.layer = tap.layer
         self.taker = taker
         taker.shares = False
 
@@ -292,7 +283,7 @@ class _NotToCompile:
 
     @property
     def __wrapped__(self) -> Any:
-        raise RuntimeError("a Probe is attached, and torch.jit.script would compile its hooks; script outside of it")
+        raise RuntimeError(NOT_TO_COMPILE)
 
 
 for _hook in (Before.__exit__, After.__exit__, Short.__exit__):

@@ -6,7 +6,6 @@ graph of each call, through which gradients go to the takers that receivers offe
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 import types
@@ -23,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from probe.calls import Call, PassInfo
 from probe.capture import Kind, Layer
 from probe.forward import (
+    NOT_TO_COMPILE,
     After,
     Before,
     ForwardHook,
@@ -30,6 +30,7 @@ from probe.forward import (
     Passes,
     Short,
     graph_task,
+    nothing,
     put,
     same,
     sequence_number,
@@ -52,13 +53,13 @@ class Hook(functools.partial):  # type: ignore[type-arg]  # a partial: C speed, 
 
     @property
     def __name__(self) -> str:  # only torch.jit.script asks
-        raise AttributeError("a Probe is attached, and torch.jit.script would compile its hooks; script outside of it")
+        raise AttributeError(NOT_TO_COMPILE)
 
     def __deepcopy__(self, memo: Any) -> Any:
-        return contextlib.nullcontext().__exit__  # takes anything, returns None
+        return nothing
 
     def __reduce__(self) -> Any:
-        return getattr, (contextlib.nullcontext(), "__exit__")
+        return nothing.__reduce__()
 
 
 class Tap:
