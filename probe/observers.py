@@ -188,18 +188,15 @@ def tensor_taker(kind: Kind, deliver: Callable[[Call, list[tuple[str, torch.Tens
 
 def quiet() -> contextlib.AbstractContextManager[object]:
     """No graph, no autocast (where even ``x.float() @ y`` would be bfloat16), no transform of ``torch.func``."""
-    cast = _cast_on() if torch._C._is_any_autocast_enabled() else []
+    cast = torch._C._is_any_autocast_enabled()
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    return _all_off(cast, transformed) if cast or transformed else torch.no_grad()
-
-
-def _cast_on() -> list[str]:
-    return [device for device in ("cpu", "cuda", "mps", "xpu") if torch.is_autocast_enabled(device)]
+    return _all_off(transformed) if cast or transformed else torch.no_grad()
 
 
 @contextlib.contextmanager
-def _all_off(cast: list[str], transformed: bool) -> Iterator[None]:
-    with torch.no_grad(), full_precision(cast), untransformed() if transformed else contextlib.nullcontext():
+def _all_off(transformed: bool) -> Iterator[None]:
+    untransform = untransformed() if transformed else contextlib.nullcontext()
+    with torch.no_grad(), full_precision(("cpu", "cuda", "mps", "xpu")), untransform:
         yield
 
 
