@@ -320,8 +320,9 @@ def _stretch(x: Tensor, value_range: tuple[float, float] | None, dims: tuple[int
         low, high = (torch.full((), bound, dtype=_wide(x), device=x.device) for bound in (first, last))
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     info = torch.finfo(x.dtype)
+    subnormal = (high > low) & (high - low < info.tiny)
     # 1, but for a range that overflows the dtype or is subnormal in it: both would lose all digits.
-    factor = torch.where(high - low > info.max, 0.25, torch.where(high - low < info.tiny, 1 / info.eps, 1.0))
+    factor = torch.where(high - low > info.max, 0.25, torch.where(subnormal, 1 / info.eps, 1.0))
     scale = high * factor - low * factor
     scale = torch.where(scale > 0, scale, 1).to(compute)
     floor, ceiling, power = low.to(x.dtype), high.to(x.dtype), factor.to(x.dtype)
