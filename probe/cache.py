@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from probe import sketch
@@ -33,13 +34,13 @@ class StepCache:
     """
 
     def __init__(self) -> None:
-        self.users = 0  # receivers that share it: one alone asks for each thing once, so nothing is remembered
+        self.users = 0  # receivers that share it: of what flows, one alone asks for each sketch once
         self.binned = False  # whether a sketch of this step's activations and gradients is to have its histogram anyway
         self._pools = {binned: sketch.Pool(histogram=binned) for binned in (True, False)}
         self._flowing: Known[Sketch] = Known(FLOWING)
         self._parameters: Known[Sketch] = Known()
         self._copies: Known[weakref.ref[Tensor]] = Known()
-        self._updates: Known[Tensor] = Known()
+        self._updates: dict[int, Tensor] = {}
 
     def sketch(
         self, tensor: Tensor, place: tuple[Call, Kind], copy: Tensor | None = None, *, histogram: bool
@@ -75,8 +76,6 @@ class StepCache:
             values: what there is to read of each.
             histogram: as of `sketch`.
         """
-        if self.users < 2:
-            return sketch.of_many(values, histogram=histogram)
         found = [self._parameters.find(tensor) for tensor in tensors]
         new = [i for i, made in enumerate(found) if made is None or (histogram and not made.binned)]
         for i, made in zip(new, sketch.of_many([values[i] for i in new], histogram=histogram), strict=True):
@@ -96,19 +95,21 @@ class StepCache:
         return copied
 
     def update(self, parameter: Tensor, before: Tensor) -> Tensor:
-        """What was added to a parameter since `copy` gave `before`; held until the next copy, or the step's end."""
-        update = self._updates.find(parameter)
-        if update is None:
-            update = local(parameter.detach()) - before
-            if self.users > 1:
-                self._updates.keep(parameter, update)
-        return update
+        """What was added to a parameter since `copy` gave `before`: that very tensor, which becomes it.
+
+        It is held until the next copy, or the step's end.
+        """
+        if id(before) not in self._updates:
+            torch.sub(local(parameter.detach()), before, out=before)  # fresh memory would cost as much again
+            self._updates[id(before)] = before
+            self._copies.pop(id(parameter), None)
+        return before
 
     def forget(self) -> None:
         """Let go of everything: users say so at the end of a step that they observed."""
         self.binned = False
-        for known in (self._flowing, self._parameters, self._copies, self._updates):
-            known.clear()
+        for each in (self._flowing, self._parameters, self._copies, self._updates):
+            each.clear()
 
 
 class Known(OrderedDict[int, tuple[weakref.ref[Tensor], int, Any, Made | None]], Generic[Made]):

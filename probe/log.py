@@ -18,7 +18,7 @@ from probe.capture import Capture, Embedding, Histogram, Image, Kind, Layer, Par
 from probe.hooks import after_backward
 from probe.observers import Joint, quiet, tensor_taker
 from probe.ranks import Addend, Norm, Part
-from probe.sketch import Sketch
+from probe.sketch import Sketch, square_sums
 from probe.summary import curves, draw_all, drawing, forget_drawn
 from probe.tally import Tally, described
 from probe.tree import snapshot
@@ -116,7 +116,7 @@ class Log(Receiver):
         self._cache = cache
         cache.users += 1
         self._draws = False  # whether a summary has asked for the sketch of an activation
-        self._before: dict[int, torch.Tensor] = {}
+        self._before: dict[int, tuple[torch.Tensor, Part | Addend, Sketch | None]] = {}
 
     # -- activations ---------------------------------------------------------------------------------------------------
 
@@ -217,9 +217,13 @@ class Log(Receiver):
                     shown.append(self._shown(key, ParameterKind.VALUE, parameter, step))
                 if key in gradients:
                     shown.append(self._shown(key, ParameterKind.GRAD, gradients[key], step))
-                if self._wanted.get(ParameterKind.UPDATE):
-                    self._before[key] = self._cache.copy(parameter)
             self._show(shown)
+            if self._wanted.get(ParameterKind.UPDATE):
+                own = {key: parameter for key, (_, parameter, _, _) in self._of(optimizer)}
+                values = [ranks.part(each.detach(), replicated=True) for each in own.values()]
+                drawn = self._cache.sketches([*own.values()], [value for value, _ in values], histogram=False)
+                for (key, each), (_, part), head in zip(own.items(), values, drawn, strict=True):
+                    self._before[key] = self._cache.copy(each), part, head
 
     def after_step(self, optimizer: Any, step: int) -> None:
         """Show the rates that the update used, and what it added to the parameters."""
@@ -235,20 +239,26 @@ class Log(Receiver):
                 if scale is not None:
                     self._add(step, "grad_scaler", Scalar("scale", scale.clone()))
             shown: list[OfParameter] = []
-            earlier: list[torch.Tensor] = []
+            heads: list[Sketch | None] = []
             for key, (_, parameter, _, _) in self._of(optimizer):
-                before = self._before.pop(key, None)
-                if before is not None:
-                    _, part = ranks.part(parameter.detach(), replicated=True)
-                    update, capture, _ = self._shown(
-                        key, ParameterKind.UPDATE, self._cache.update(parameter, before), step
-                    )
-                    shown.append((update, capture, part))
-                    earlier.append(before)
-            moved = ranks.each_squares([update for update, _, _ in shown])
-            for (_, capture, part), *ratio in zip(shown, moved, ranks.each_squares(earlier), strict=True):
-                self._add(step, f"{capture.name}/update", Scalar("ratio", Norm(*ratio)), part)
+                if key in self._before:
+                    before, part, head = self._before.pop(key)
+                    update = self._cache.update(parameter, before)
+                    shown.append((update, self._shown(key, ParameterKind.UPDATE, update, step)[1], part))
+                    heads.append(head)
             self._show(shown)
+            updates = [update for update, _, _ in shown]
+            self._ratios(step, shown, self._cache.sketches(updates, updates, histogram=False), heads)
+
+    def _ratios(
+        self, step: int, shown: list[OfParameter], updates: list[Sketch | None], values: list[Sketch | None]
+    ) -> None:
+        """Show the norm of each update, relative to that of the parameter before it."""
+        known = [(of, a, b) for of, a, b in zip(shown, updates, values, strict=True) if a is not None and b is not None]
+        if known:
+            moved, whole = (square_sums(drawn) for drawn in ([a for _, a, _ in known], [b for _, _, b in known]))
+            for ((_, capture, part), _, _), *ratio in zip(known, moved, whole, strict=True):
+                self._add(step, f"{capture.name}/update", Scalar("ratio", Norm(*ratio)), part)
 
     def _measure_gradients(self) -> None:
         """At the end of a backward pass: the norm of each optimizer's gradients, before anybody clips them."""

@@ -218,11 +218,15 @@ class Session:
 
     def advance(self, *, stepped: bool = False) -> None:
         """A step has ended: receivers send off what they have, and hooks are put on or taken off for the next one."""
-        for receiver in self.receivers:
-            receiver.end_step(self.step, stepped=stepped)
+        self.end_step(stepped=stepped)
         self.step += 1
         if not self.closed and not self.resting and self._wishes() != self._bound:
             self.bind()
+
+    def end_step(self, *, stepped: bool) -> None:
+        """Tell receivers that the step is over; logs, the first ones, last: they set threads to work."""
+        for receiver in reversed(self.receivers):
+            receiver.end_step(self.step, stepped=stepped)
 
     def count_from(self, step: int) -> None:
         """Go on as if so many steps had been made."""

@@ -70,6 +70,7 @@ __all__ = [
     "fetch",
     "of",
     "of_many",
+    "square_sums",
 ]
 
 
@@ -469,6 +470,22 @@ def of_many(tensors: Iterable[Tensor], *, histogram: bool = True) -> list[Sketch
             for i, row in zip(indices, rows, strict=True):
                 sketches[i] = Sketch(row)
         return sketches
+
+
+def square_sums(sketches: Sequence[Sketch]) -> Tensor:
+    """For each sketch the sum of the squares of all elements, on their device, without waiting for it.
+
+    Arguments:
+        sketches: at least one; the result is where the first one is.
+
+    Returns:
+        float64 ``[n]``; NaN where an element is NaN or Inf.
+    """
+    rows = torch.cat(_brought([sketch.row[:HEAD] for sketch in sketches], sketches[0].device)).view(-1, HEAD)
+    finite = rows[:, layout.COUNT] - rows[:, layout.NAN : layout.MAX].sum(1)
+    shift, total, squares = rows[:, layout.SHIFT :].view(torch.float64).unbind(1)
+    found = squares + shift * (2 * total + finite * shift)
+    return torch.where(finite == rows[:, layout.COUNT], found.clamp(min=0.0), math.nan)
 
 
 class Pool:

@@ -166,8 +166,7 @@ class Model(Receiver):
         session, number = self._probe._session, self._passes  # type: ignore[union-attr]
         self._passes += 1
         if 0 < number < 4 and not self.seen.gradients and Kind.GRAD_OUTPUT in self._kinds:
-            for receiver in session.receivers:  # the pass before was a dry run: this may be the first real one
-                receiver.end_step(session.step, stepped=True)
+            session.end_step(stepped=True)  # the pass before was a dry run: this may be the first real one
             return True
         if number:
             session.advance(stepped=True)
@@ -247,7 +246,7 @@ class Model(Receiver):
             probe.log(self._board, *health.checks(), **alone)
         session = probe._session
         every = self._options.every if optimizers else 1  # gradients of a pass may come when others have been
-        session.receivers = [*(_Guarded(each, every, self.give_up) for each in session.receivers), self]
+        session.receivers = [self, *(_Guarded(each, every, self.give_up) for each in session.receivers)]
         session.count_from(self.steps)
         session.rest()
         if self._activations:
@@ -269,7 +268,7 @@ class Model(Receiver):
         while self._handles:
             self._handles.pop().remove()
         probe._close(None)
-        for receiver in probe._session.receivers if not self._activations else ():  # it was never entered
+        for receiver in reversed(probe._session.receivers) if not self._activations else ():  # it was never entered
             receiver.end_step(steps, stepped=True)
             receiver.close()
         if self._options.findings:

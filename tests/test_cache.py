@@ -82,14 +82,14 @@ def test_the_moments_of_a_sketch_that_waits_wait_with_it(counter: Counter) -> No
     assert counter.sizes == {True: [12], False: []}
 
 
-def test_for_one_receiver_alone_nothing_is_remembered() -> None:
+def test_for_one_receiver_alone_nothing_that_flows_is_remembered() -> None:
     cache, x = StepCache(), torch.arange(12.0)
     first, second = (cache.sketch(x, PLACE, histogram=True) for _ in range(2))
     assert first is not None
     assert second is not None
     assert first is not second
-    assert cache.sketches([x], [x], histogram=True)[0].sum == first.sum == second.sum  # type: ignore[union-attr]
-    assert not any((cache._flowing, cache._parameters))
+    assert first.sum == second.sum == 66
+    assert not cache._flowing
 
 
 def test_another_tensor_at_the_same_id_is_not_taken_for_it() -> None:
@@ -146,14 +146,28 @@ def test_a_parameter_is_copied_once_as_long_as_a_copy_is_held() -> None:
     assert before.data_ptr() != parameter.data_ptr()
     with torch.no_grad():
         parameter.add_(2)
-    update = cache.update(parameter, before)
-    assert update.tolist() == [2.0] * 3
-    assert cache.update(parameter, before) is update
-    assert cache.copy(parameter).tolist() == [3.0] * 3
     held = weakref.ref(before)
     del before
     gc.collect()
     assert held() is None
+
+
+def test_an_update_takes_the_place_of_the_copy_and_is_taken_once() -> None:
+    cache, parameter = cache_of_two(), nn.Parameter(torch.ones(3))
+    before = cache.copy(parameter)
+    with torch.no_grad():
+        parameter.add_(2)
+        for _ in range(2):  # by each receiver
+            assert cache.update(parameter, before) is before
+            assert before.tolist() == [2.0] * 3
+    assert cache.copy(parameter).tolist() == [3.0] * 3
+
+
+def test_of_a_parameter_that_an_update_left_alone_the_next_copy_is_none_of_the_update() -> None:
+    cache, parameter = cache_of_two(), nn.Parameter(torch.ones(3))
+    before = cache.copy(parameter)
+    assert cache.update(parameter, before).tolist() == [0.0] * 3  # nothing wrote to it
+    assert cache.copy(parameter).tolist() == [1.0] * 3
 
 
 def test_updates_are_let_go_of_at_the_next_optimizer_and_everything_at_the_end_of_the_step() -> None:

@@ -79,8 +79,9 @@ def spread(tensor: torch.Tensor) -> dict[str, Any]:
         return {}
     few = tensor[:COMPARED]
     few = few if few.dtype == torch.float64 else few.float()  # not every device has float64
-    largest = few.abs().amax()
-    return {"spread": (few[1:] - few[:1]).abs().amax() / largest.clamp_min(torch.finfo(few.dtype).tiny)}
+    high, low = few.amax(0), few.amin(0)
+    largest = torch.maximum(high, -low).amax()
+    return {"spread": (high - low).amax() / largest.clamp_min(torch.finfo(few.dtype).tiny)}
 
 
 def alive(tensor: torch.Tensor, channels_first: bool = False) -> dict[str, Any]:
@@ -89,7 +90,8 @@ def alive(tensor: torch.Tensor, channels_first: bool = False) -> dict[str, Any]:
         return {}
     unit = tensor.dim() - 1 if tensor.dim() == 3 and not channels_first else 1
     others = [dim for dim in range(tensor.dim()) if dim != unit]
-    return {"alive": tensor.abs().amax(dim=others) != 0}  # many times quicker on the CPU than `any` over dimensions
+    # on the CPU many times quicker than `any`, and than `abs`, which would ask for memory
+    return {"alive": (tensor.amax(dim=others) != 0) | (tensor.amin(dim=others) != 0)}
 
 
 def subnormal(tensor: torch.Tensor) -> dict[str, Any]:
