@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import builtins
 import contextlib
+import gc
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -196,6 +197,7 @@ class _Watching:
                 comment=f"_{self._name}",
             )
         )
+        gc.freeze()  # what observed steps make has Python look through all objects now and then; torch's need it not
 
     def finish(self) -> None:
         """End it, and tell what was seen. Whatever fails here, the script ends as it would without."""
@@ -214,6 +216,7 @@ class _Watching:
         if self._watch is None:
             yield "probe: the script did not import torch: there was nothing to probe"
             return
+        gc.unfreeze()
         self._watch.close()
         for note in self._watch.notes:
             yield f"probe: {note}"

@@ -253,6 +253,25 @@ def test_a_script_without_torch_is_left_alone(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "probed") == []
 
 
+def test_garbage_is_collected_as_before_among_what_the_script_makes(tmp_path: Path) -> None:
+    """What was imported until then is left out: an observed step would have it all looked through again."""
+    script = """
+        import gc, sys, weakref, torch
+        class Node: pass
+        node = Node()
+        node.itself, seen = node, weakref.ref(node)
+        print(any(each is node for each in gc.get_objects()), gc.isenabled(), gc.get_threshold())
+        del node
+        gc.collect()
+        print(seen())
+        sys.stderr.write(f"{gc.get_freeze_count() > 50_000}\\n")
+    """
+    bare, probed = both(tmp_path, script)
+    assert bare.out == probed.out
+    assert bare.err == "False\n"
+    assert probed.err.splitlines()[0] == "True"
+
+
 @pytest.mark.parametrize(
     ("ending", "status"),
     [("1 / 0", 1), ("sys.exit('bye')", 1), ("os.kill(os.getpid(), signal.SIGINT)", -signal.SIGINT), ("def f(:", 1)],
