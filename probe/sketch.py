@@ -156,6 +156,11 @@ class Sketch:
         """Whether it has a histogram."""
         return all(len(term) == ROW for term in self._terms)
 
+    @property
+    def ready(self) -> bool:
+        """Whether its numbers can be read without waiting for a device, or for others of its pool."""
+        return all(isinstance(term, Tensor) and term.is_cpu for term in self._terms)
+
     def moments(self) -> Sketch:
         """The same without the histogram."""
         return self._with([_Head(term) if isinstance(term, _Promise) else term[:HEAD] for term in self._terms])

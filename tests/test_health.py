@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from probe import Board, Kind, Probe, health, histogram
+from probe import Board, Kind, Probe, health, histogram, sketch
 from probe.findings import Finding, Findings, Severity
+from probe.health import vitals
 from probe.health.records import Fetch
 from tests import reading, zoo
 
@@ -892,3 +893,15 @@ def test_copies_of_the_model_are_not_observed() -> None:
         twin(batch()[0])
         model(batch()[0])
     assert p.findings == []
+
+
+@pytest.mark.parametrize("size", [(6, 3), (6, 3, 4), (300, 5, 9, 9)])  # small ones wait for others, and are looked at
+def test_units_without_a_zero_are_alive_without_a_look(size: tuple[int, ...]) -> None:
+    x = torch.randn(size)
+    seen = vitals.alive(x, None)["alive"]
+    assert seen.all()
+    assert torch.equal(vitals.alive(x, sketch.of(x))["alive"], seen)
+    assert torch.equal(vitals.alive(x, sketch.Pool().of(x))["alive"], seen)
+    x.select(-1 if len(size) == 3 else 1, 1).zero_()
+    dead = vitals.alive(x, sketch.of(x))["alive"]
+    assert dead.tolist() == [unit != 1 for unit in range(len(seen))]

@@ -116,8 +116,7 @@ class Doctor(Receiver):
                 measured: Vitals | None = known[0]
                 record.fed_by += (known[1],) if known[1] else ()
             else:
-                extra = {**vitals.spread(tensor), **vitals.alive(tensor, modules.is_1d(module))}
-                measured = self._measured(tensor, (call, kind), extra)
+                measured = self._flowing(tensor, call, kind)
                 if measured is not None:
                     pass_.remember(tensor, measured, "")
             _put(record.inputs, path, measured)
@@ -131,8 +130,7 @@ class Doctor(Receiver):
             if known is not None:
                 measured: Vitals | None = known[0]
             else:
-                extra = {**vitals.spread(tensor), **vitals.alive(tensor, modules.is_1d(module))}
-                measured = self._measured(tensor, (call, kind), extra)
+                measured = self._flowing(tensor, call, kind)
             _put(record.outputs, path, measured)
             if measured is not None and record.layer:
                 pass_.remember(tensor, measured, record.layer)
@@ -143,10 +141,14 @@ class Doctor(Receiver):
     def _gradient(self, pass_: OpenPass, record: CallRecord, kind: Kind, call: Call, tensors: Any) -> None:
         for path, tensor in tensors:
             place = record.grad_outputs if kind is Kind.GRAD_OUTPUT else record.grad_inputs
-            _put(place, path, self._measured(tensor, (call, kind), vitals.subnormal(tensor)))
+            head = self._scene.cache.sketch(tensor, (call, kind), histogram=False)
+            _put(place, path, vitals.of(tensor, vitals.subnormal(tensor), head))
 
-    def _measured(self, tensor: torch.Tensor, place: tuple[Call, Kind], extra: dict[str, Any]) -> Vitals | None:
-        return vitals.of(tensor, extra, self._scene.cache.sketch(tensor, place, histogram=False))
+    def _flowing(self, tensor: torch.Tensor, call: Call, kind: Kind) -> Vitals | None:
+        """Measure an input or an output."""
+        head = self._scene.cache.sketch(tensor, (call, kind), histogram=False)
+        alive = vitals.alive(tensor, head, modules.is_1d(call.layer.module))
+        return vitals.of(tensor, {**vitals.spread(tensor), **alive}, head)
 
     def _begin_backward(self, info: PassInfo) -> None:
         """Note the loss, and have the parameters' gradients read when the backward pass is over."""

@@ -84,11 +84,13 @@ def spread(tensor: torch.Tensor) -> dict[str, Any]:
     return {"spread": (high - low).amax() / largest.clamp_min(torch.finfo(few.dtype).tiny)}
 
 
-def alive(tensor: torch.Tensor, channels_first: bool = False) -> dict[str, Any]:
+def alive(tensor: torch.Tensor, head: Sketch | None, channels_first: bool = False) -> dict[str, Any]:
     """Which units, along dimension 1 (the last one for ``[B, T, F]``), are unlike zero anywhere."""
     if not is_plain(tensor) or tensor.dim() < 2 or not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
         return {}
     unit = tensor.dim() - 1 if tensor.dim() == 3 and not channels_first else 1
+    if head is not None and head.ready and not head.zeros:
+        return {"alive": torch.ones(tensor.shape[unit], dtype=torch.bool)}
     others = [dim for dim in range(tensor.dim()) if dim != unit]
     # on the CPU many times quicker than `any`, and than `abs`, which would ask for memory
     return {"alive": (tensor.amax(dim=others) != 0) | (tensor.amin(dim=others) != 0)}
