@@ -11,7 +11,7 @@ from torch import nn
 
 from probe.capture import Kind, Layer
 from probe.findings import Findings
-from probe.graph import Edges
+from probe.graph import Edges, in_reentrant_checkpoint
 from probe.tree import snapshot
 
 UNSET: Any = type("Unset", (), {"__repr__": lambda self: "<not captured>", "__bool__": lambda self: False})()
@@ -29,7 +29,7 @@ class PassInfo:
         self.step = step
         self.mode = mode
         self.fixed = fixed  # storages of the model's own, which no snapshot may share
-        self.grad_enabled = torch.is_grad_enabled()
+        self.grad_enabled = torch.is_grad_enabled() or in_reentrant_checkpoint()
         self.thread = threading.get_ident()
         self.backwards: set[int] = set()
 

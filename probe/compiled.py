@@ -312,7 +312,7 @@ class GraphSession(Session):
 
     def check(self) -> None:
         """Be loud when a step was to be observed and nothing was captured."""
-        if self.observing and not self.passes and self._warn is not None:
+        if not (self.idle or self.passes) and self._warn is not None:
             warn, self._warn = self._warn, None
             warn(
                 "compiled='inside' captured nothing in an observed step. The model was not called; or it was compiled "

@@ -77,7 +77,7 @@ class Probe:
 
     Raises:
         NoSuchLayer: (a KeyError and ValueError) a selector matches nothing; the message has the nearest names.
-        TypeError: the model is no ``nn.Module``, or is scripted.
+        TypeError: the model is no ``nn.Module``, or is scripted; another argument is of the wrong type.
     """
 
     def __init__(
@@ -101,6 +101,8 @@ class Probe:
             raise ValueError(f"keep={keep!r}: give the number of passes to keep, 0 or more")
         if kinds is not None and (not isinstance(kinds, Kind) or not kinds):
             raise TypeError(f"kinds={kinds!r}: combine Kind.INPUT, OUTPUT, GRAD_OUTPUT and GRAD_INPUT with |")
+        if scaler is not None and not hasattr(scaler, "is_enabled"):
+            raise TypeError(f"scaler= takes a torch.amp.GradScaler, not a {type(scaler).__name__}")
         check_options(compiled, kinds, keep, backward, copy_views)
         self._every = select.layers(model)
         chosen = [] if isinstance(model, _NoModel) else select.choose(self._every, layers, exclude)
@@ -122,7 +124,7 @@ class Probe:
         self._compiled = compiled
         self._eager = Eager(_warn) if compiled == "auto" else None
         if compiled == "inside":
-            self._session: Session = GraphSession(model, _warn)
+            self._session: Session = GraphSession(model, functools.partial(_warn, stacklevel=5))
             keep = 0
         else:
             self._session = Session(model, backward=backward, copy_views=copy_views)
@@ -617,8 +619,8 @@ _OPTIMIZER_WRAPPERS = {  # where the class is, and its name
 }
 
 
-def _warn(text: str) -> None:
-    warnings.warn(text, ProbeWarning, stacklevel=4)
+def _warn(text: str, stacklevel: int = 4) -> None:
+    warnings.warn(text, ProbeWarning, stacklevel=stacklevel)
 
 
 class _NoModel(nn.Module):

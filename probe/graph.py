@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from probe.tree import input_leaves
@@ -160,3 +161,17 @@ def backward_of(thread: int) -> list[torch.Tensor]:
                 return [tensor.detach() for tensor in tensors if isinstance(tensor, torch.Tensor)]
             each = each.f_back
     return []
+
+
+def in_reentrant_checkpoint() -> bool:
+    """Whether this thread runs the first forward of a reentrant checkpoint.
+
+    Gradients are disabled in it, and come all the same, when the checkpoint runs it again in the backward pass.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not _FIRST_FORWARD:
+        frame = frame.f_back
+    return frame is not None
+
+
+_FIRST_FORWARD = torch.utils.checkpoint.CheckpointFunction.forward.__code__

@@ -122,7 +122,10 @@ def missing(call: Call, kinds: Kind, blind: bool) -> list[str]:
         if reason := why_no_gradient(call, kind):
             found.append(f"no {side}: {reason}")
         elif not call.backwards:
-            found.append(f"no {side}: no gradient was asked back; the loss does not depend on it")
+            found.append(
+                f"no {side}: no gradient was asked back; the loss does not depend on it, or an exception ended the "
+                "backward pass before it"
+            )
     return found
 
 

@@ -320,7 +320,7 @@ class Session:
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         pass_ = self.local.current
         if pass_ is not None and pass_.outermost is module:
-            error = raised(module, output)
+            error = raised(module, None)  # whatever its forward returned: a later hook can have raised
             if error is not None:
                 self.explain(error, pass_)
             pass_.depth -= 1

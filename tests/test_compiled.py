@@ -254,10 +254,13 @@ def test_an_optimizer_in_a_whole_graph_is_refused(
     """With what to type, and nothing is left behind; where all steps run eagerly it works."""
     (optimizer, run), x = whole_step, torch.randn(3, 4)
     text = r"leave optimizer= out of Probe\(...\) and call p.step\(\) after each step"
-    with Board(str(tmp_path)) as board, Probe(net, optimizer=optimizer, compiled=compiled) as p:
+    with (  # noqa: PT012
+        Board(str(tmp_path)) as board,
+        pytest.raises(RuntimeError, match=text),
+        Probe(net, optimizer=optimizer, compiled=compiled) as p,
+    ):
         p.log(board, stats, every=every)
-        with pytest.raises(RuntimeError, match=text):
-            run(x)
+        run(x)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
     assert not optimizer._optimizer_step_pre_hooks
     with Probe(net, optimizer=optimizer) as p:
@@ -472,6 +475,17 @@ def test_nothing_captured_is_told_at_once(how: str, net: nn.Module, tmp_path: Pa
         p.log(board, stats)
         compiled(x)
     assert reading.steps(tmp_path, "0/output/mean") == [0]
+
+
+def test_nothing_captured_is_told_on_leaving(net: nn.Module) -> None:
+    """Also where no step ended inside the block, and at the line of the user's."""
+    x = torch.randn(3, 4)
+    compiled = torch.compile(net, backend="eager")
+    compiled(x)
+    message = "captured nothing in an observed step"
+    with pytest.warns(ProbeWarning, match=message) as told, Probe(net, compiled="inside", observers=repr):
+        compiled(x)
+    assert [each.filename for each in told] == [__file__]
 
 
 def test_what_cannot_be_had_inside(net: nn.Module, tmp_path: Path) -> None:

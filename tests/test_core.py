@@ -69,6 +69,7 @@ def equal(a: list[Any], b: list[Any]) -> bool:
         ({"kinds": "output"}, TypeError, r"kinds='output': combine Kind.INPUT, OUTPUT"),
         ({"kinds": Kind(0)}, TypeError, "combine Kind"),
         ({"observers": [3]}, TypeError, "3 is no observer"),
+        ({"scaler": True}, TypeError, r"scaler= takes a torch\.amp\.GradScaler, not a bool"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_touched(
@@ -880,6 +881,18 @@ def test_stop_after_ends_the_forward(selector: Any, net: nn.Module, x: torch.Ten
     assert p["3"].calls == []
     with pytest.raises(AttributeError, match="stop_after ended the forward before it"):
         _ = p["3"].output
+
+
+@pytest.mark.parametrize("kinds", [Kind.OUTPUT, Kind.all()])
+def test_stop_after_the_whole_model(kinds: Kind, net: nn.Module, x: torch.Tensor) -> None:
+    """The root can be the last layer, too; nothing caught that interruption, so nothing is warned of."""
+    reached = False
+    with Probe(net, "*", kinds=kinds) as p:
+        p.stop_after("")
+        net(x)
+        reached = True
+    assert not reached
+    assert torch.equal(p[""].output, net(x).detach())
 
 
 def test_stop_after_is_reported_as_such(net: nn.Module, x: torch.Tensor) -> None:

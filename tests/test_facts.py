@@ -1477,6 +1477,27 @@ def test_gradients_under_checkpointing(how: dict[str, Any]) -> None:
 
 
 @CHECKPOINTS
+def test_a_model_that_is_checkpointed_as_a_whole(how: dict[str, Any]) -> None:
+    """F8.1b the pass begins within a reentrant checkpoint, where gradients are disabled: they come all the same."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.ReLU(inplace=True), nn.Linear(4, 2))
+    x = torch.randn(3, 4, requires_grad=True)
+    probes = []
+    for run in (lambda: model(x), lambda: checkpoint(model, x, **how)):
+        torch.manual_seed(1)
+        with Probe(model, keep=2) as p:
+            out = run()
+            with torch.no_grad():
+                model(x)  # another pass, whose calls must not be taken for those
+            out.sum().backward()
+        probes.append(p.passes[0])
+    wanted, got = probes
+    for name in wanted:
+        assert torch.equal(got[name].output, wanted[name].output), name
+        assert torch.equal(got[name].grad_output, wanted[name].grad_output), name
+        assert torch.equal(got[name].grad_input, wanted[name].grad_input), name
+
+
+@CHECKPOINTS
 @pytest.mark.parametrize("kinds", [*Kind, Kind.all()], ids=lambda kinds: kinds.label)
 def test_early_stop_leaves_no_open_call(how: dict[str, Any], kinds: Kind) -> None:
     """F8.2 a recomputation that is aborted half way leaves nothing open; later passes are right."""
