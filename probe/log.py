@@ -340,7 +340,7 @@ class Log(Receiver):
             steps, self._steps = self._steps, {}
             addends, self._addends = self._addends, []
         numbers = {number for number, tally in steps.items() if tally} | {capture.step for capture, *_ in addends}
-        if self._merges() and (not self._ended if self._ending else self.active(step)):
+        if (not self._ended if self._ending else self.active(step)) and self._merges():
             numbers.add(step)  # with nothing, too: others may have something
         if numbers:
             self._cache.forget()
