@@ -26,10 +26,18 @@ def version(package: str) -> str | None:
     return None
 
 
+def seconds(text: str) -> float:
+    """The type of an option that is a time: finite, and more than nothing."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no time to measure for; give seconds above 0")
+    return number
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of a command that measures in processes of their own."""
     parser.add_argument(
-        "--limit", type=float, default=120.0, metavar="SECONDS", help="after which a row is given up; 120 by default"
+        "--limit", type=seconds, default=120.0, metavar="SECONDS", help="after which a row is given up; 120 by default"
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
 

@@ -6,10 +6,11 @@ import argparse
 import contextlib
 import datetime
 import json
+import os
 import shlex
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -42,6 +43,15 @@ def positive(text: str) -> int:
     return number
 
 
+def run(main: Callable[[], None]) -> None:
+    """A command, as the shell calls it: Ctrl-C ends it with a line where nothing is measured yet, too."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted; what is shown above was measured in full", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
 def start(options: argparse.Namespace) -> None:
     """Settle the device, the threads, and how much memory may be had; say where this runs.
 
@@ -52,13 +62,23 @@ def start(options: argparse.Namespace) -> None:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no GPU; there is --device cpu")
-    if options.out is not None and not options.out.parent.is_dir():
-        raise SystemExit(f"--out {options.out}: there is no folder {options.out.parent}")
+    if options.out is not None:
+        _check_out(options.out)
     steady(options.threads)
     if options.device == "cpu":
         _bound_memory()
     quiet()
     print(machine(options.device), flush=True)
+
+
+def _check_out(out: Path) -> None:
+    """Say now what would be said when all is measured."""
+    if not out.parent.is_dir():
+        raise SystemExit(f"--out {out}: there is no folder {out.parent}")
+    if out.is_dir():
+        raise SystemExit(f"--out {out}: that is a folder; give a file, as in --out {out / 'results.json'}")
+    if not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise SystemExit(f"--out {out}: no permission to write there")
 
 
 def quiet() -> None:
@@ -86,7 +106,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 class Results:
-    """Collects rows, also those before Ctrl-C, and writes them to ``--out``.
+    """Collects rows, also those before Ctrl-C, and writes them to ``--out``, which without a row stays as it was.
 
     Arguments:
         command: the module that measures.
@@ -120,7 +140,7 @@ class Results:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.kept["complete"] = error is None
-        if self._out is not None:
+        if self._out is not None and self.kept["rows"]:
             text = json.dumps(self.kept, indent=1) + "\n"
             self._out.write_text(text, encoding="utf-8")
             print(f"{len(self.kept['rows'])} rows in {self._out}")

@@ -182,7 +182,7 @@ def pyvene_collect(work: Work) -> AbstractContextManager[Job]:
 
     def run() -> None:
         with torch.no_grad():
-            result = model({argument: work.inputs}, output_original_output=True, return_dict=True)
+            result = model({argument: work.inputs}, return_dict=True)
         found[:] = result.collected_activations
 
     keys = [(name, i) for name in names for i in range(counts[name])]
@@ -360,6 +360,7 @@ def wandb_watch(work: Work) -> Iterator[Job]:
     import wandb
 
     found: Values = {}
+    first = next(name for name, _ in work.model.named_parameters())
     with tempfile.TemporaryDirectory() as folder:
         run_ = wandb.init(dir=folder, project="benchmark", settings=wandb.Settings(silent=True))
         log = run_._log
@@ -374,7 +375,7 @@ def wandb_watch(work: Work) -> Iterator[Job]:
 
         def values() -> Values:
             run_._log = log
-            return found
+            return _of_wandb(found, first)
 
         def run() -> None:
             work.step()
@@ -387,6 +388,12 @@ def wandb_watch(work: Work) -> Iterator[Job]:
         finally:
             run_.unwatch(work.model)
             run_.finish()
+
+
+def _of_wandb(found: Values, first: str) -> Values:
+    """By the parameters' names: from the second watched model of a process on each has a ``graph_1`` glued to it."""
+    prefix = next((name for name, _ in found), first).removesuffix(first)
+    return {(name.removeprefix(prefix), what): value for (name, what), value in found.items()}
 
 
 # -- Grad-CAM of resnet18's last block ---------------------------------------------------------------------------------

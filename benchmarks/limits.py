@@ -107,4 +107,4 @@ def capture(found: Results, device: str, seconds: float, name: str, against: str
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

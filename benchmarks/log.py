@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+from benchmarks import command
 from benchmarks.apart import version
-from benchmarks.command import positive
 from benchmarks.libraries import wandb_watch
 from benchmarks.timing import Ratio, compare, machine, steady
 from benchmarks.work import Work, prepare
@@ -60,9 +60,9 @@ class ByHand:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="under a minute, and so less exact")
-    parser.add_argument("--batch", type=positive, help="samples; 8 by default, 1 with --quick")
-    parser.add_argument("--size", type=positive, default=64, help="pixels")
-    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--batch", type=command.positive, help="samples; 8 by default, 1 with --quick")
+    parser.add_argument("--size", type=command.positive, default=64, help="pixels")
+    parser.add_argument("--threads", type=command.positive, default=1)
     options = parser.parse_args()
     batch = options.batch or (1 if options.quick else 8)
     steady(options.threads)
@@ -135,4 +135,4 @@ def _training(batch: int, size: int) -> Work:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -51,6 +52,8 @@ class GPT(nn.Module):
 
 def gpt(batch: int = 4, size: int = 128) -> tuple[nn.Module, torch.Tensor]:
     """A GPT of 6 layers, width 256, on sequences of `size` (at most 512) tokens."""
+    if size > 512:
+        raise SystemExit(f"--size {size}: gpt has positions for 512 tokens at most")
     return GPT(), torch.randint(0, 512, (batch, size))
 
 
@@ -124,9 +127,10 @@ def build(spec: str, **settings: Any) -> tuple[nn.Module, Any]:
         known = ", ".join(MODELS)
         raise SystemExit(f"--model {spec}: there are {known}; your own: --model package.module:function")
     try:
-        made = function(**settings)
+        inspect.signature(function).bind(**settings)
     except TypeError as error:
         raise SystemExit(f"--model {spec}: {error}") from error
+    made = function(**settings)
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
         raise SystemExit(f"--model {spec}: the function must return (model, inputs), not {type(made).__name__}")
     return made

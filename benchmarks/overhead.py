@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import command
+from benchmarks import apart, command
 from benchmarks.arms import ARMS, Arm, Attached
 from benchmarks.command import Results, progress
 from benchmarks.counts import Counts, count
@@ -49,7 +49,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true", help="measure against torch.compile(model)")
     parser.add_argument("--every", help="for the arms that log; 1,10,100 by default, 1,10 with --quick")
     parser.add_argument("--arms", default="*", help="which arms, as globs with commas between: 'output,all*'")
-    parser.add_argument("--seconds", type=float, help="how long to measure an arm; at least so many")
+    parser.add_argument("--seconds", type=apart.seconds, help="how long to measure an arm; at least so many")
     options = parser.parse_args(words)
     every = _every(options.every or ("1,10" if options.quick else "1,10,100"))
     chosen = _arms(options.arms, options.mode, options.compile)
@@ -64,8 +64,9 @@ def main(words: Sequence[str] | None = None) -> None:
         base = work.twin()
         base.step()
         run = Run(base, options.seconds or (0.3 if options.quick else 4.0), 3 if options.quick else 5)
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
         if not command.out_of_memory(error):
+            error.add_note(f"--model {options.model}, --mode {options.mode}: raised before anything was measured")
             raise
         raise SystemExit(_too_little(options.model, error)) from error
     kept = {key: getattr(options, key) for key in ("model", "mode", "device", "dtype", "batch", "size", "compile")}
@@ -180,12 +181,14 @@ def _every(text: str) -> list[int]:
 
 
 def _arms(text: str, mode: str, compiled: bool) -> list[Arm]:
-    patterns = text.split(",")
+    patterns = [pattern.strip() for pattern in text.split(",")]
     possible = [arm for arm in ARMS if mode in arm.modes and arm.compiled <= compiled]
-    chosen = [arm for arm in possible if any(fnmatch.fnmatchcase(arm.name, pattern.strip()) for pattern in patterns)]
-    if not chosen:
-        raise SystemExit(f"--arms {text}: in mode {mode} there are {', '.join(arm.name for arm in possible)}")
-    return chosen
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(arm.name, pattern) for arm in possible):
+            there = f"in mode {mode}{'' if compiled else ' without --compile'} there are"
+            names = ", ".join(arm.name for arm in possible)
+            raise SystemExit(f"--arms {text}: {pattern!r} is no arm here; {there} {names}")
+    return [arm for arm in possible if any(fnmatch.fnmatchcase(arm.name, pattern) for pattern in patterns)]
 
 
 def _tasks(chosen: list[Arm], every: list[int]) -> list[Task]:
@@ -218,4 +221,4 @@ def _line(label: str, against: str, ratio: Ratio, row: dict[str, Any], run: Run)
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -38,7 +38,7 @@ class Peer(NamedTuple):
 
 PEERS = (
     Peer("probe", "outputs", libraries.probe_attached),
-    Peer("probe, entered anew", "outputs", libraries.probe_anew, note="Probe(...) and its with-block in every forward"),
+    Peer("probe entered anew", "outputs", libraries.probe_anew, note="Probe(...) and its with-block in every forward"),
     Peer("reference hook", "outputs", libraries.by_hand, note="by hand; the limit"),
     Peer("create_feature_extractor", "outputs", libraries.torchvision_extractor, "torchvision"),
     Peer("captum", "outputs", libraries.captum_activation, "captum", note="LayerActivation"),
@@ -67,7 +67,7 @@ MODELS = {"outputs": ("resnet18", "gpt", "mlp200"), "histograms": ("resnet18", "
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = command.arguments(__doc__)
-    parser.add_argument("--peers", help="only these, with commas between (and probe)")
+    parser.add_argument("--peers", help="only these, with commas between; each is set beside probe")
     parser.add_argument("--models", help="only these, with commas between: resnet18,gpt,mlp200 (resnet18 with --quick)")
     parser.add_argument("--works", help="only these: outputs,histograms,Grad-CAM (outputs with --quick)")
     apart.arguments(parser)
@@ -213,4 +213,4 @@ def _shown(map_: torch.Tensor, size: torch.Size) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

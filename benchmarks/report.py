@@ -44,7 +44,14 @@ def load(folder: Path) -> list[Kept]:
         except (ValueError, KeyError, TypeError) as error:
             raise SystemExit(f"{path} is no file of results: write one with --out of another command") from error
         kept.append(each)
-    return sorted(kept, key=lambda each: json.dumps([each["command"], each["settings"]], sort_keys=True))
+    return sorted(kept, key=_order)
+
+
+def _order(each: Kept) -> tuple[str, ...]:
+    """Runs of a model stand together, whatever else they differ in."""
+    settings = each["settings"]
+    first = (str(settings.get(key, "")) for key in ("device", "model", "compile", "mode"))
+    return (each["command"], *first, json.dumps(settings, sort_keys=True))
 
 
 def written(kept: list[Kept], root: Path) -> dict[Path, str]:
@@ -90,7 +97,7 @@ def summary(kept: list[Kept]) -> str:
     machines = list(dict.fromkeys(_machine(each) for each in runs))
     dates = sorted({each["date"] for each in runs})
     notes = [
-        "Median of interleaved pairs (quartiles); `~`: the quartiles lie on both sides of 1. "
+        "Median of interleaved pairs (quartiles); `~`: the quartiles lie on both sides of 1; empty: not measured. "
         f"On {'; '.join(machines)}; {_span(dates)}. "
         "All results, the method and what is not measured: [benchmarks/RESULTS.md](benchmarks/RESULTS.md)."
     ]
@@ -138,7 +145,10 @@ so that each begins with the caches as the other left them. On the CPU one threa
 stays with the process. On a GPU each run begins on an idle device and CUDA events tell its length, launches and kernels
 included. Inputs are random and stay the same; a training step is `zero_grad`, forward, backward and SGD with momentum.
 Logs are written to a folder on disk, and a measurement ends when everything is written. Counts (hooks, Python calls,
-bytes, transfers) are of one step, beyond those of the bare one, and do not depend on the machine.
+bytes, transfers) are of one step, beyond those of the bare one, and do not depend on the machine. Bytes are those of
+torch's tensors: what NumPy and OpenCV take in between, on the CPU, is not among them. *Pairs* is how many a ratio rests
+on; of three, the quartiles are the least and the greatest. Ratios beside other libraries, of maps and of scaling rest
+on five or more, limits on fifteen or more.
 
 **Not measured.** Data loading, distributed training, several GPUs, models larger than memory, a slow disk, how much a
 user's own summary costs. Random weights: nothing here depends on their values, except that in-place operations
@@ -187,13 +197,14 @@ def _machine(each: Kept) -> str:
 
 
 def _overhead(each: Kept) -> str:
-    lines = [["", "ratio (quartiles)", "µs a call", "hooks", "Python calls a call", "MB held", "MB at peak", "to host"]]
+    counted = ["µs a call", "hooks", "Python calls a call", "MB held", "MB at peak", "to host"]
+    lines = [["", "ratio (quartiles)", "pairs", *counted]]
     for row in each["rows"]:
         label = row["arm"] + (f", every {row['every']}" if row["every"] else "")
         if row["against"] != "bare":
             label = f"*{label} / {row['against']}*"
         if "failed" in row:
-            lines.append([label, row["failed"][:100], *[""] * 6])
+            lines.append([label, _shortened(row["failed"]), *[""] * 7])
             continue
         counts = [""] * 6
         if "hooks" in row:
@@ -201,7 +212,7 @@ def _overhead(each: Kept) -> str:
             calls = f"{row['python_calls'] / each['settings']['calls']:.1f}"
             held, peak = (f"{row[key] / 1e6:.1f}" for key in ("held", "peak"))
             counts = [micro, str(row["hooks"]), calls, held, peak, str(row["transfers"])]
-        lines.append([label, _ratio(row["ratio"]), *counts])
+        lines.append([label, _ratio(row["ratio"]), str(row["ratio"]["pairs"]), *counts])
     waits = sum(row.get("waits", 0) for row in each["rows"] if row["every"])
     note = (
         f"\nWaits for the device in steps that log, before they are flushed: {waits}.\n"
@@ -219,7 +230,7 @@ def _peers(each: Kept) -> str:
         name = f"{row['peer']} {row['version']}" if row["version"] else row["peer"]
         start = [row["work"], row["model"], f"**{name}**" if row["peer"] == "probe" else name]
         if "failed" in row:
-            lines.append([*start, "", "", "", row["failed"][:100]])
+            lines.append([*start, "", "", "", _shortened(row["failed"])])
             continue
         probe = _ratio(row["to_probe"]) if row["to_probe"] else ""
         lines.append(
@@ -315,6 +326,10 @@ def _ratio(ratio: Kept) -> str:
     return spread if ratio["differs"] else f"{spread} ~"
 
 
+def _shortened(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:99].rstrip()}…"
+
+
 def _number(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
@@ -334,7 +349,10 @@ def _table(lines: list[list[str]]) -> str:
 
 
 def _alt(name: str) -> str:
-    return name.removesuffix(".svg").replace("-", " ")
+    if name.startswith("scaling"):
+        return "What a probe costs a layer, a call and an element, against their number"
+    mode = "forward" if "forward" in name else "training step"
+    return f"The ratio of a {mode} to the bare one, for each way to look into it, by model"
 
 
 def pictures(kept: list[Kept]) -> dict[str, str]:
@@ -385,11 +403,12 @@ def _whiskers(runs: list[Kept]) -> str:
         top = 20 + at * step
         body.append(f'<text x="{left - 8}" y="{top + step / 2 + 4}" text-anchor="end">{html.escape(label)}</text>')
         for number, ratio in rows:
-            y, colour = top + 8 + 9 * number, COLOURS[number % len(COLOURS)]
+            y, (colour, dash) = top + 8 + 9 * number, _stroke(number)
             ends = f'x1="{place(ratio["low"])}" y1="{y}" x2="{place(ratio["high"])}" y2="{y}"'
-            body.append(f'<line {ends} stroke="{colour}" stroke-width="2"/>')
+            body.append(f'<line {ends} stroke="{colour}" stroke-width="2"{dash}/>')
             body.append(f'<circle cx="{place(ratio["median"])}" cy="{y}" r="3.5" fill="{colour}"/>')
-    return _svg(body, list(_columns(runs)), left + width + 20, 20 + height)
+    title = "ratio to the bare step: median (dot) and quartiles (line), on a logarithmic axis"
+    return _svg(body, list(_columns(runs)), left + width + 20, 20 + height, title)
 
 
 def _lines(each: Kept) -> str:
@@ -415,22 +434,35 @@ def _lines(each: Kept) -> str:
     for exponent in range(math.ceil(min(costs)), math.floor(max(costs)) + 1):
         y = place(10 ** min(sizes), 10**exponent).split(",")[1]
         body.append(f'<line x1="{left}" y1="{y}" x2="{left + width}" y2="{y}" class="g"/>')
-        body.append(f'<text x="{left - 8}" y="{y}" text-anchor="end">{_time(10**exponent)}</text>')
+        body.append(f'<text x="{left - 8}" y="{float(y) + 4:.1f}" text-anchor="end">{_axis(exponent)}</text>')
     for number, line in enumerate(series.values()):
-        colour, dash = COLOURS[number % len(COLOURS)], ' stroke-dasharray="4 3"' if number >= len(COLOURS) else ""
+        colour, dash = _stroke(number)
         marks = " ".join(place(*point) for point in line)
         body.append(f'<polyline points="{marks}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
-    return _svg(body, list(series), left + width + 20, top + height)
+    title = "what each one adds to the bare step (sketch.of: what it takes), by their number"
+    return _svg(body, list(series), left + width + 20, top + height, title)
 
 
-def _svg(body: list[str], names: list[str], width: int, height: float) -> str:
-    """The picture, with a legend below."""
-    legend = []
+def _stroke(number: int) -> tuple[str, str]:
+    """Colour and dashes of a series: no two alike up to twice as many as there are colours."""
+    return COLOURS[number % len(COLOURS)], ' stroke-dasharray="4 3"' if number >= len(COLOURS) else ""
+
+
+def _axis(exponent: int) -> str:
+    """A power of ten of nanoseconds."""
+    return f"{10 ** (exponent - 3):g} µs" if exponent >= 3 else f"{10**exponent:g} ns"
+
+
+def _svg(body: list[str], names: list[str], width: int, height: float, title: str) -> str:
+    """The picture, with what it shows and a legend below: a line each, dashed as those in it."""
+    legend = [f'<text x="20" y="{height + 22}">{html.escape(title)}</text>']
     for number, name in enumerate(names):
-        x, y = 20 + 210 * (number % 3), height + 24 + 18 * (number // 3)
-        legend.append(f'<circle cx="{x}" cy="{y - 4}" r="4" fill="{COLOURS[number % len(COLOURS)]}"/>')
-        legend.append(f'<text x="{x + 10}" y="{y}">{html.escape(name)}</text>')
-    height += 34 + 18 * ((len(names) - 1) // 3)
+        x, y = 20 + width // 2 * (number % 2), height + 44 + 18 * (number // 2)
+        colour, dash = _stroke(number)
+        ends = f'x1="{x}" y1="{y - 4}" x2="{x + 22}" y2="{y - 4}"'
+        legend.append(f'<line {ends} stroke="{colour}" stroke-width="4"{dash}/>')
+        legend.append(f'<text x="{x + 28}" y="{y}">{html.escape(name)}</text>')
+    height += 54 + 18 * ((len(names) - 1) // 2)
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}">'
     style = "<style>text{font:12px sans-serif;fill:#333}.g{stroke:#ddd}</style>"
     ground = f'<rect width="{width}" height="{height}" fill="#fff"/>'

@@ -241,4 +241,4 @@ def _memory(device: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

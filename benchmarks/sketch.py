@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from benchmarks import command
 from benchmarks.timing import Ratio, compare, machine
 from probe import sketch
 
@@ -99,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,8 @@ class Work:
     @property
     def device(self) -> str:
         """``"cpu"`` or ``"cuda"``."""
-        return next(self.model.parameters()).device.type
+        inputs = (x for _, x in leaves(self.inputs))
+        return next(itertools.chain(self.model.parameters(), inputs)).device.type
 
     def twin(self) -> Work:
         """The same work on a copy of the model.
@@ -77,8 +79,14 @@ def prepare(spec: str, mode: str, device: str, dtype: torch.dtype, compiled: boo
 
 
 def loss(output: Any) -> torch.Tensor:
-    """A loss that every output has a gradient of: the sum of the mean squares of its floating-point tensors."""
+    """A loss that every output has a gradient of: the sum of the mean squares of its floating-point tensors.
+
+    Raises:
+        ValueError: no gradient goes through any of them.
+    """
     means = [x.float().square().mean() for _, x in leaves(output) if x.is_floating_point()]
+    if not any(mean.requires_grad for mean in means):
+        raise ValueError("the output has no tensor that a gradient goes through, so nothing trains: --mode forward")
     total = means[0]
     for mean in means[1:]:
         total = total + mean
@@ -86,6 +94,8 @@ def loss(output: Any) -> torch.Tensor:
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    if not any(True for _ in model.parameters()):
+        raise SystemExit("--mode train: the model has no parameters; there is --mode forward")
     return torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
 
 

@@ -39,6 +39,21 @@ def broken() -> Any:
     return layered()[0]
 
 
+def unparameterized() -> Any:
+    """Nothing to train."""
+    return nn.ReLU(), torch.randn(2, 3)
+
+
+def unreadable() -> Any:
+    """Raises what a wrong call would."""
+    return len(3)  # type: ignore[arg-type]
+
+
+def untrainable() -> Any:
+    """Frozen."""
+    return nn.Linear(3, 3).requires_grad_(False), torch.randn(2, 3)
+
+
 @pytest.fixture(autouse=True)
 def _no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands bound the memory of their process, which here is the tests'."""
@@ -215,9 +230,13 @@ def test_compare_is_the_median_of_interleaved_pairs(monkeypatch: pytest.MonkeyPa
         (overhead.main, ["--model", f"{__name__}:absent"], "has no attribute 'absent'"),
         (overhead.main, ["--model", f"{__name__}:broken"], r"must return \(model, inputs\), not Sequential"),
         (overhead.main, ["--model", f"{__name__}:layered", "--batch", "3"], "unexpected keyword argument 'batch'"),
-        (overhead.main, ["--arms", "nothing"], "in mode train there are bare, empty hook"),
+        (overhead.main, ["--arms", "nothing"], "in mode train without --compile there are bare, empty hook"),
+        (overhead.main, ["--arms", "output,ouput"], "'ouput' is no arm here"),
+        (overhead.main, ["--model", "gpt", "--size", "513"], "positions for 512 tokens at most"),
+        (overhead.main, ["--model", f"{__name__}:unparameterized"], "no parameters; there is --mode forward"),
         (overhead.main, ["--every", "0"], "whole numbers of at least 1"),
         (overhead.main, ["--out", "/no/such/folder/file.json"], "there is no folder /no/such/folder"),
+        (overhead.main, ["--out", "/"], "that is a folder; give a file"),
         (peers.main, ["--peers", "tensorflow"], "no 'tensorflow' here; there are probe"),
         (peers.main, ["--models", "lenet"], "no 'lenet' here; there are resnet18, gpt"),
         (cam.main, ["--models", "lenet"], "no 'lenet' here; there are resnet18, alexnet"),
@@ -229,11 +248,48 @@ def test_what_cannot_be_had_is_said(main: Callable[[list[str]], None], words: li
         main(words)
 
 
-def test_numbers_below_one_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("main", "words", "expected"),
+    [
+        (overhead.main, ["--batch", "0"], "argument --batch: 0 is less than 1"),
+        (overhead.main, ["--seconds", "0"], "argument --seconds: 0 is no time to measure for"),
+        (overhead.main, ["--seconds", "inf"], "argument --seconds: inf is no time to measure for"),
+        (peers.main, ["--limit", "-1"], "argument --limit: -1 is no time to measure for"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(
+    main: Callable[[list[str]], None], words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With the option's name."""
     with pytest.raises(SystemExit):
-        overhead.main(["--batch", "0"])
-    assert "argument --batch: 0 is less than 1" in capsys.readouterr().err
+        main(words)
+    assert expected in capsys.readouterr().err
+
+
+def test_no_permission_is_said_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command.os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(SystemExit, match="no permission to write there"):
+        limits.main(["--device", "cpu", "--out", str(tmp_path / "kept.json")])
+
+
+@pytest.mark.parametrize(
+    ("function", "mode", "error", "expected"),
+    [
+        ("unreadable", "forward", TypeError, "object of type 'int' has no len"),
+        ("untrainable", "train", ValueError, "no tensor that a gradient goes through"),
+    ],
+)
+def test_what_a_model_raises_is_its_own(function: str, mode: str, error: type[Exception], expected: str) -> None:
+    """With its traceback, which a line of ours would hide, and a note of where it comes from."""
+    with pytest.raises(error, match=expected) as raised:
+        overhead.main(["--device", "cpu", "--mode", mode, "--model", f"{__name__}:{function}"])
+    assert raised.value.__notes__ == [
+        f"--model {__name__}:{function}, --mode {mode}: raised before anything was measured"
+    ]
+
+
+def test_a_model_without_parameters_has_its_inputs_device() -> None:
+    assert Work(*unparameterized()).device == "cpu"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -263,6 +319,26 @@ def test_ctrl_c_keeps_what_was_measured(
     assert [row["arm"] for row in kept["rows"]] == ["first"]
     assert not kept["complete"]
     assert "the 1 rows above" in capsys.readouterr().err
+
+
+def test_ctrl_c_before_the_first_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line and the status of an interrupted command; results that were kept before are not lost."""
+    out = tmp_path / "kept.json"
+    out.write_text("of a whole night")
+
+    def main() -> None:
+        with command.Results("limits", command.arguments("").parse_args(["--device", "cpu", "--out", str(out)])):
+            raise KeyboardInterrupt
+
+    def early() -> None:
+        raise KeyboardInterrupt
+
+    for each in (main, early):
+        with pytest.raises(SystemExit) as stopped:
+            command.run(each)
+        assert stopped.value.code == 130
+        assert "interrupted" in capsys.readouterr().err
+    assert out.read_text() == "of a whole night"
 
 
 def test_too_little_memory_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,6 +390,19 @@ def test_true_histograms(adapter: libraries.Adapter) -> None:
     assert all(peers._same("histograms", values[key], each) for key, each in truth.items())
     wrong = {key: (count + 1, low, high) for key, (count, low, high) in truth.items()}
     assert not any(peers._same("histograms", values[key], each) for key, each in wrong.items())
+
+
+def test_wandb_names_of_the_second_model_of_a_process() -> None:
+    """What it puts before each of them is no part of the name, and no reason to call a value wrong."""
+    first = {("0.weight", "value"): 1, ("10.weight", "grad"): 2}
+    second = {("graph_10.weight", "value"): 1, ("graph_110.weight", "grad"): 2}
+    assert libraries._of_wandb(first, "0.weight") == libraries._of_wandb(second, "0.weight") == first
+    assert libraries._of_wandb({}, "0.weight") == {}
+
+
+def test_every_peer_can_be_asked_for() -> None:
+    """Names are separated by commas, so that none has one."""
+    assert not any("," in peer.name for peer in peers.PEERS)
 
 
 def test_a_missing_peer_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -475,7 +564,7 @@ def test_the_report_of_a_run(rows: dict[tuple[str, int | None], Row], tmp_path: 
         for row in rows.values():
             changed = {
                 "full backward": {"failed": "RuntimeError: because"},
-                "all four": {"ratio": {"median": 2.0, "low": 1.5, "high": 12.3, "differs": True}},
+                "all four": {"ratio": {"median": 2.0, "low": 1.5, "high": 12.3, "differs": True, "pairs": 7}},
             }
             found.add("", **{**row, **changed.get(row["arm"], {})})
     (tmp_path / "benchmarks").mkdir()
@@ -490,6 +579,7 @@ def test_the_report_of_a_run(rows: dict[tuple[str, int | None], Row], tmp_path: 
     assert "old" not in readme
     assert all(f"| {arm}{f', every {every}' if every else ''} |" in text for arm, every in rows)
     assert "RuntimeError: because" in text
+    assert "| all four | 2.00 (1.50–12) | 7 |" in text
     assert any(path.suffix == ".svg" for path in written)
 
 
@@ -539,6 +629,14 @@ def test_no_run_is_dropped_from_the_report() -> None:
     assert "| ratio to the bare step | m size 64 | m size 224 | m size 224 (2) |" in text
     assert "| 2.00 (1.10–9.00) | 3.00 (1.10–9.00) | 4.00 (1.10–9.00) |" in text
     assert "|  | 5.00 (1.10–9.00) |  |" in text
+
+
+def test_runs_of_a_model_stand_together(tmp_path: Path) -> None:
+    """Whatever their number of calls or their files' names."""
+    runs = [kept([], model=model, calls=calls) for model, calls in (("b", 5), ("a", 60), ("b", 100), ("a", 7))]
+    for number, each in enumerate(runs):
+        (tmp_path / f"{number}.json").write_text(json.dumps(each))
+    assert [each["settings"]["model"] for each in report.load(tmp_path)] == ["a", "a", "b", "b"]
 
 
 def test_pictures_are_xml() -> None:
