@@ -152,10 +152,8 @@ def _varint(number: int) -> bytes:
 
 def _binned(numbers: Tensor, bins: Any) -> tuple[_Array, _Array]:
     """Right edges and counts of the finite numbers in the bins asked for, and an empty bucket to their left."""
-    if numbers.is_complex():
-        numbers = numbers.abs()
-    flat = numbers.dequantize() if numbers.is_quantized else numbers.to_dense()
-    counts, edges = np.histogram(flat[flat.isfinite()].double().numpy(), bins=bins)
+    flat = (numbers.abs() if numbers.is_complex() else dense(numbers)).double()
+    counts, edges = np.histogram(flat[flat.isfinite()].numpy(), bins=bins)
     return edges, np.append(0, counts)
 
 
@@ -252,13 +250,20 @@ def audio(tag: str, value: Any, sample_rate: int) -> Values:
     Arguments:
         value: ``[L]`` or ``[channels, L]``; floats hold -1..1 (clamped; NaN is silence), integers their dtype's range.
         sample_rate: samples a second.
+
+    Raises:
+        TypeError: complex numbers or bools.
+        ValueError: another shape.
     """
     x = tensor(value)
     if x is None:
         return []
+    x = dense(x)
     x = x.reshape(1, -1) if x.dim() < 2 else x
     if x.dim() != 2 or x.numel() == 0 or x.shape[0] > 32:
         raise ValueError(f"audio is [samples] or [channels, samples], not a shape {tuple(x.shape)}")
+    if x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"audio is real numbers, not {str(x.dtype).removeprefix('torch.')}: give floats of -1..1")
     if not x.is_floating_point():
         info = torch.iinfo(x.dtype)
         middle = (info.max + info.min + 1) // 2
@@ -279,6 +284,11 @@ def audio(tag: str, value: Any, sample_rate: int) -> Values:
         content_type="audio/wav",
     )
     return [Summary.Value(tag=tag, audio=sound)]
+
+
+def dense(x: Tensor) -> Tensor:
+    """The tensor without a sparse layout, dequantized."""
+    return x.dequantize() if x.is_quantized else x.to_dense()
 
 
 def tensor(value: Any, on_host: bool = True) -> Tensor | None:

@@ -401,13 +401,17 @@ class Board(SummaryWriter):
         points, sprites = _values.tensor(mat), None if label_img is None else _values.tensor(label_img)
         if points is None:
             return
+        if points.is_complex():
+            raise TypeError(f"the points of {tag!r} are complex: give .abs(), or torch.view_as_real(...).flatten(1)")
         if sprites is not None:
             sprites = to_uint8(sprites) / 255
         run = self._run("")
         step = run.next_step([Summary.Value(tag=tag)]) if global_step is None else int(global_step)
         with self._writer.beside:
             try:
-                super().add_embedding(points.double().numpy(), metadata, sprites, step, tag, metadata_header)
+                super().add_embedding(
+                    _values.dense(points).double().numpy(), metadata, sprites, step, tag, metadata_header
+                )
             except OSError as error:
                 self._writer.fault(run.folder, error)
         run.steps[tag] = step

@@ -91,12 +91,21 @@ def histogram(c: Capture) -> Iterator[Shown]:
 def dead_units(c: Capture) -> Iterator[Shown]:
     """Share of units (channels) whose output is exactly zero for every sample and position, to spot dying ReLUs.
 
-    Units lie along dimension 1, or along the last one for outputs ``[B, T, F]``.
+    Units lie along dimension 1, or along the last one for outputs ``[B, T, F]``; empty outputs yield nothing.
     """
-    value = c.value
-    if c.kind is Kind.OUTPUT and value.dim() >= 2 and value.layout == torch.strided and not value.is_nested:
+    value = _dense(c) if c.kind is Kind.OUTPUT else None
+    if value is not None and value.dim() >= 2:
         units = value.movedim(-1 if value.dim() == 3 else 1, 0).flatten(1)
         yield Scalar("dead_units", (units == 0).all(1).double().mean())
+
+
+def _dense(c: Capture) -> torch.Tensor | None:
+    """A capture's real numbers, of complex ones the modulus; None where it has none, or is sparse or nested."""
+    value = c.value
+    if value.is_nested or value.layout is not torch.strided or not value.numel():
+        return None
+    value = value.dequantize() if value.is_quantized else value
+    return value.abs() if value.is_complex() else value
 
 
 def _of(kinds: Any, function: Callable[[Capture], Iterator[Shown]]) -> Summary:
@@ -117,13 +126,14 @@ def feature_maps(max_channels: int = 64, nrow: int = 8, per_map: bool = True) ->
             compared. NaN is magenta.
 
     Returns:
-        a summary of outputs ``[B, C, H, W]``; others yield nothing.
+        a summary of outputs ``[B, C, H, W]``, complex ones by their modulus; others yield nothing.
     """
     _positive(max_channels=max_channels, nrow=nrow)
 
     def show(c: Capture) -> Iterator[Shown]:
-        if c.kind is Kind.OUTPUT and c.value.dim() == 4 and c.value.numel():
-            maps = c.value[0, :max_channels, None]
+        value = _dense(c) if c.kind is Kind.OUTPUT else None
+        if value is not None and value.dim() == 4:
+            maps = value[0, :max_channels, None]
             yield Image("feature_maps", image.grid(maps, nrow=nrow, normalize=True, scale_each=per_map))
 
     return _of(Kind.OUTPUT, show)
@@ -137,22 +147,27 @@ def input_images(max_images: int = 16, nrow: int = 4) -> Summary:
         nrow: tiles in a row.
 
     Returns:
-        a summary of inputs ``[B, C, H, W]``; others yield nothing. Each image is stretched to the full range by itself.
+        a summary of inputs ``[B, C, H, W]``, complex ones by their modulus; others yield nothing. Each image is
+        stretched to the full range by itself.
     """
     _positive(max_images=max_images, nrow=nrow)
 
     def show(c: Capture) -> Iterator[Shown]:
-        if c.kind is Kind.INPUT and c.value.dim() == 4 and c.value.numel():
-            yield Image("images", image.grid(c.value[:max_images], nrow=nrow, normalize=True, scale_each=True))
+        value = _dense(c) if c.kind is Kind.INPUT else None
+        if value is not None and value.dim() == 4:
+            yield Image("images", image.grid(value[:max_images], nrow=nrow, normalize=True, scale_each=True))
 
     return _of(Kind.INPUT, show)
 
 
 def kernels(c: Capture) -> Iterator[Shown]:
     """The kernels of a convolution, honest about channels: RGB only for three input channels, as `image.kernels`."""
-    if c.kind is ParameterKind.VALUE and c.value.dim() >= 3 and issubclass(c.module_type, _CONVOLUTIONS):
+    if c.kind is not ParameterKind.VALUE or not issubclass(c.module_type, _CONVOLUTIONS):
+        return
+    value = _dense(c)
+    if value is not None and value.dim() >= 3:
         transposed = issubclass(c.module_type, _TRANSPOSED)
-        yield Image("kernels", image.kernels(c.value, transposed=transposed, groups=c.groups))
+        yield Image("kernels", image.kernels(value, transposed=transposed, groups=c.groups))
 
 
 kernels.kinds = ParameterKind.VALUE  # type: ignore[attr-defined]
@@ -166,13 +181,15 @@ def embedding(max_points: int = 500, labels: Callable[[], Sequence[Any]] | None 
         labels: called when a batch is captured; gives a label for every sample of it.
 
     Returns:
-        a summary of outputs ``[B, ...]``, flattened to ``[B, F]``.
+        a summary of outputs ``[B, ...]``, flattened to ``[B, F]``, complex ones by their modulus; sparse, nested and
+        empty ones yield nothing.
     """
     _positive(max_points=max_points)
 
     def show(c: Capture) -> Iterator[Shown]:
-        if c.kind is Kind.OUTPUT and c.value.dim() >= 2 and c.value.numel():
-            points = c.value[:max_points].flatten(1).float()
+        value = _dense(c) if c.kind is Kind.OUTPUT else None
+        if value is not None and value.dim() >= 2:
+            points = value[:max_points].flatten(1).float()
             yield Embedding("embedding", points, None if labels is None else list(labels())[: len(points)])
 
     return _of(Kind.OUTPUT, show)

@@ -147,7 +147,9 @@ def test_nothing_is_written_where_there_is_nothing_to_say(tmp_path, board, value
 def test_chosen_bins_are_taken_as_given(tmp_path, board):
     board.add_histogram("x", torch.tensor([0.5, 1.5, 1.7, math.nan]), bins=[0, 1, 2])
     board.add_histogram("rule", torch.rand(100), bins="sqrt")
+    board.add_histogram("float8", torch.tensor([0.5, 1.5, math.nan]).to(torch.float8_e4m3fn), bins=[0, 1, 2])
     board.flush()
+    assert histogram(tmp_path, "float8").bucket == [0, 1, 1]
     proto = histogram(tmp_path, "x")
     assert (proto.bucket_limit, proto.bucket) == ([0, 1, 2], [0, 1, 2])
     assert len(histogram(tmp_path, "rule").bucket) == 11
@@ -473,6 +475,22 @@ def test_what_is_no_audio_is_refused(board):
     for value in (torch.rand(2, 2, 2), torch.empty(0), torch.rand(44100, 2)):
         with pytest.raises(ValueError, match=r"\[channels, samples\]"):
             board.add_audio("x", value)
+    for value in (torch.ones(3, dtype=torch.complex64), torch.ones(3, dtype=torch.bool)):
+        with pytest.raises(TypeError, match=f"not {str(value.dtype).removeprefix('torch.')}"):
+            board.add_audio("x", value)
+
+
+def test_embeddings_and_audio_of_any_layout_but_not_complex(tmp_path, board):
+    points = torch.eye(3)
+    board.add_embedding(points.to_sparse(), tag="sparse")
+    assert (tmp_path / "00000" / "sparse" / "tensors.tsv").read_text().split() == ["1.0", "0.0", "0.0", "0.0"] * 2 + [
+        "1.0"
+    ]
+    with pytest.raises(TypeError, match=r"'z' are complex: give \.abs\(\)"):
+        board.add_embedding(points * 1j, tag="z")
+    board.add_audio("sparse", points[0].to_sparse())
+    board.flush()
+    assert read(tmp_path).Audio("sparse")[0].length_frames == 3
 
 
 def test_embeddings_of_any_dtype_with_true_pictures(tmp_path, board):

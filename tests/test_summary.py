@@ -73,6 +73,34 @@ def test_dead_units() -> None:
     (item,) = probe.dead_units(capture(torch.tensor([[[1.0, 0.0], [2.0, 0.0]]])))
     assert float(item.value) == 0.5
     assert not list(probe.dead_units(capture(value, Kind.GRAD_OUTPUT)))
+    assert not list(probe.dead_units(capture(value[:0])))
+
+
+PICTURES = [
+    (probe.feature_maps(), Kind.OUTPUT),
+    (probe.input_images(), Kind.INPUT),
+    (probe.kernels, ParameterKind.VALUE),
+    (probe.embedding(), Kind.OUTPUT),
+]
+
+
+@pytest.mark.parametrize(("summary", "kind"), PICTURES)
+def test_pictures_of_complex_values_are_of_their_modulus(summary: Any, kind: Any) -> None:
+    """Pictures and points are those of the modulus, not of the real part."""
+    value = torch.randn(2, 3, 4, 4, dtype=torch.complex64)
+    (item,) = summary(capture(value, kind, module_type=nn.Conv2d))
+    (expected,) = summary(capture(value.abs(), kind, module_type=nn.Conv2d))
+    assert torch.equal(item.value, expected.value)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize(("summary", "kind"), PICTURES)
+def test_no_pictures_of_what_has_no_grid(summary: Any, kind: Any) -> None:
+    """Sparse, nested and empty tensors yield nothing and stop no training."""
+    dense = torch.rand(2, 3, 4, 4)
+    nested = torch.nested.nested_tensor([torch.rand(3, 4), torch.rand(2, 4)], layout=torch.jagged)
+    for value in (dense.to_sparse(), dense[0, 0].to_sparse_csr(), nested, dense[:0], dense[..., :0]):
+        assert not list(summary(capture(value, kind, module_type=nn.Conv2d)))
 
 
 def test_feature_maps_are_a_grid_of_the_first_sample() -> None:
