@@ -117,7 +117,7 @@ class Probe:
         self._asked_keep = keep
         self._optimizers = optimizers
         self._scaler = scaler
-        self._told: dict[int, dict[int, int]] = {}
+        self._told: dict[int, dict[Any, int]] = {}
         self._recorder = _recorder(optimizers, scaler)
         observers = _listed(observers)
         adapters = [Adapter(each, self._layers, self._kinds) for each in observers if not isinstance(each, Joint)]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from probe import merge, ranks
 from probe.cache import StepCache
@@ -21,7 +22,7 @@ from probe.ranks import Addend, Norm, Part
 from probe.sketch import Sketch, square_sums
 from probe.summary import curves, draw_all, drawing, forget_drawn
 from probe.tally import Tally, described
-from probe.tree import snapshot
+from probe.tree import snapshot, storage_of
 
 if TYPE_CHECKING:
     from probe.schedule import Recorder
@@ -36,13 +37,9 @@ OfParameter = tuple[torch.Tensor, Capture, Part | Addend]
 
 
 class Parameters:
-    """The parameters of some layers and of what is below them, with their names and owners.
-
-    Where there are optimizers, only what they update.
-    """
+    """The parameters of some layers and of what is below them, with their names and owners."""
 
     def __init__(self, every: Sequence[Layer], layers: Sequence[Layer], optimizers: Sequence[Any]) -> None:
-        updated = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
         below = {id(module) for layer in layers for module in layer.module.modules()}
         self.optimizers = optimizers
         self.found: dict[int, tuple[str, torch.Tensor, type, int]] = {}
@@ -50,10 +47,20 @@ class Parameters:
             if id(layer.module) not in below:
                 continue
             for key, parameter in layer.module.named_parameters(recurse=False):
-                if (not optimizers or id(parameter) in updated) and id(parameter) not in self.found:
+                if id(parameter) not in self.found:
                     name = f"{layer.name}.{key}" if layer.name else key
                     groups = int(getattr(layer.module, "groups", 1))
                     self.found[id(parameter)] = (name, parameter, layer.module_type, groups)
+
+    def updated(self) -> dict[int, torch.Tensor]:
+        """Those that have values: where there are optimizers, what is in their groups now."""
+        own = {id(p) for each in self.optimizers for p in updated_by(each)}
+        found = {key: parameter for key, (_, parameter, _, _) in self.found.items() if not is_lazy(parameter)}
+        return {key: parameter for key, parameter in found.items() if key in own or not self.optimizers}
+
+
+def updated_by(optimizer: Any) -> list[torch.Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 class Log(Receiver):
@@ -73,7 +80,7 @@ class Log(Receiver):
         recorder: of the optimizers' rates; None where there are none.
         scaler: the GradScaler in whose units gradients are before the optimizer's step.
         cache: shared by the receivers of the probe.
-        told: shared by the logs of one writer: for each optimizer the last step whose rates were written.
+        told: shared by the logs of one writer: of each optimizer the last steps whose rates and norms were written.
         per_rank: write what this rank saw, as a run of its own.
     """
 
@@ -89,7 +96,7 @@ class Log(Receiver):
         on_error: str,
         recorder: Recorder | None = None,
         scaler: Any = None,
-        told: dict[int, int] | None = None,
+        told: dict[Any, int] | None = None,
         per_rank: bool = False,
     ) -> None:
         self.writer = writer
@@ -99,9 +106,9 @@ class Log(Receiver):
         self._layers = set(layers)
         self._recorder = recorder
         self._scaler = scaler
-        self._told: dict[int, int] = {} if told is None else told
+        self._told: dict[Any, int] = {} if told is None else told
         if not per_rank and set(wanted) & set(ParameterKind):
-            ranks.refuse_flat(parameter for _, parameter, _, _ in parameters.found.values())
+            ranks.refuse_flat(parameters.updated().values())
         self._norm_before: dict[int, tuple[Norm, Part]] = {}  # of an optimizer's gradients
         self._per_rank = per_rank
         self._merger = merge.Merger(adds=any(isinstance(kind, Kind) for kind in wanted))
@@ -182,7 +189,7 @@ class Log(Receiver):
                 shown = summary(capture)
                 if shown is not None and not isinstance(shown, Iterable):
                     raise TypeError(f"a summary yields what it shows, or returns a list of it, not {described(shown)}")
-                items = list(shown or ())
+                items = [_kept(item, capture) for item in shown or ()]
                 with self._lock:
                     step = self._steps.setdefault(capture.step, Tally())
                     for item in items:
@@ -210,7 +217,7 @@ class Log(Receiver):
             return
         with quiet():
             gradients = self._gradients(optimizer)
-            self._norms(optimizer, step, [*gradients.values()])
+            self._norms(optimizer, step, gradients.values())
             shown: list[OfParameter] = []
             for key, (_, parameter, _, _) in self._of(optimizer):
                 if self._wanted.get(ParameterKind.VALUE):
@@ -230,14 +237,13 @@ class Log(Receiver):
         if not self.active(step):
             return
         with quiet():
-            if self._told.get(id(optimizer)) != step:
-                self._told[id(optimizer)] = step
+            if self._first("rates", optimizer, step):
                 for tag, number in {} if self._recorder is None else self._recorder.scalars(optimizer).items():
                     what, _, group = tag.partition("/")
                     self._add(step, what, Scalar(group, number))
                 scale = getattr(self._scaler, "_scale", None)  # that of this update: `scaler.update()` comes later
                 if scale is not None:
-                    self._add(step, "grad_scaler", Scalar("scale", scale.clone()))
+                    self._add(step, "grad_scaler", Scalar("scale", scale))
             shown: list[OfParameter] = []
             heads: list[Sketch | None] = []
             for key, (_, parameter, _, _) in self._of(optimizer):
@@ -264,7 +270,7 @@ class Log(Receiver):
         """At the end of a backward pass: the norm of each optimizer's gradients, before anybody clips them."""
         with quiet():
             for optimizer in self._parameters.optimizers:
-                gradients = [p.grad for _, (_, p, _, _) in self._of(optimizer) if p.grad is not None]
+                gradients = [p.grad for p in updated_by(optimizer) if p.grad is not None]
                 norm, part = ranks.norm_of(gradients, merged=self._merges())
                 scale = getattr(self._scaler, "_scale", None)
                 if scale is not None:
@@ -273,22 +279,30 @@ class Log(Receiver):
                 self._norm_before[id(optimizer)] = norm, part
 
     def _gradients(self, optimizer: Any) -> dict[int, torch.Tensor]:
-        """The gradients of parameters as the update uses them, where summaries want them."""
+        """The gradients of an optimizer's parameters as its update uses them, where summaries want any."""
         if not self._wanted.get(ParameterKind.GRAD):
             return {}
         scale = getattr(optimizer, "grad_scale", None)  # GradScaler leaves it to a fused optimizer to take it out
-        found = {key: p.grad.detach() for key, (_, p, _, _) in self._of(optimizer) if p.grad is not None}
+        found = {id(p): p.grad for p in updated_by(optimizer) if p.grad is not None}
         return found if scale is None else {key: grad / scale.to(grad.device) for key, grad in found.items()}
 
-    def _norms(self, optimizer: Any, step: int, gradients: list[torch.Tensor]) -> None:
+    def _norms(self, optimizer: Any, step: int, gradients: Collection[torch.Tensor]) -> None:
+        """Show the norm of all gradients of the optimizer, whichever parameters are chosen."""
         before = self._norm_before.pop(id(optimizer), None)
         if self._recorder is not None and gradients:
             prefix = self._recorder.prefix(optimizer)
-            norm, part = ranks.norm_of(gradients, merged=self._merges())
-            self._add(step, "grad_norm", Scalar(f"{prefix}after_clipping", norm), part)
-            if before is not None:
+            if self._first("after_clipping", optimizer, step):
+                norm, part = ranks.norm_of(gradients, merged=self._merges())
+                self._add(step, "grad_norm", Scalar(f"{prefix}after_clipping", norm), part)
+            if before is not None and self._first("before_clipping", optimizer, step):
                 norm, part = before
                 self._add(step, "grad_norm", Scalar(f"{prefix}before_clipping", norm), part)
+
+    def _first(self, what: str, optimizer: Any, step: int) -> bool:
+        """Whether no log of the writer has written this of the step yet; now one does."""
+        key = what, id(optimizer)
+        told, self._told[key] = self._told.get(key), step
+        return told != step
 
     def _add(self, step: int, prefix: str, item: Any, part: Part | Addend = Part.WHOLE) -> None:
         if isinstance(part, Addend):
@@ -297,7 +311,7 @@ class Log(Receiver):
             self._steps.setdefault(step, Tally()).add("train", prefix, item, part)
 
     def _of(self, optimizer: Any) -> list[tuple[int, tuple[str, torch.Tensor, type, int]]]:
-        own = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        own = [id(p) for p in updated_by(optimizer)]
         return [(key, self._parameters.found[key]) for key in own if key in self._parameters.found]
 
     def _shown(self, key: int, kind: ParameterKind, value: torch.Tensor, step: int) -> OfParameter:
@@ -333,8 +347,8 @@ class Log(Receiver):
         closed = getattr(self.writer, "closed", False)  # it then was told what there was: see `Board.before_close`
         if not stepped and not closed and self.active(step) and self._wanted.get(ParameterKind.VALUE):
             with quiet():
-                found = self._parameters.found.items()
-                self._show(self._shown(key, ParameterKind.VALUE, p, step) for key, (_, p, _, _) in found)
+                found = self._parameters.updated().items()
+                self._show(self._shown(key, ParameterKind.VALUE, parameter, step) for key, parameter in found)
         forget_drawn()
         with self._lock:
             steps, self._steps = self._steps, {}
@@ -443,6 +457,17 @@ def by_kind(
         for kind in own & asked if asked and declared is not None else asked or own:
             wanted.setdefault(kind, []).append(summary)
     return wanted
+
+
+def _kept(item: Any, capture: Capture) -> Any:
+    """The item, to be read when the step has ended: a copy of what is a parameter's own memory, or its gradient's."""
+    pictured = isinstance(item, (Image, Embedding)) and isinstance(item.value, torch.Tensor)
+    if isinstance(capture.kind, Kind) or not pictured:
+        return item  # other captures are snapshots; numbers are copied and sketches made at once
+    own, memory = storage_of(item.value), storage_of(capture.value)
+    if own is not None and memory is not None and own._cdata != memory._cdata:
+        return item
+    return dataclasses.replace(item, value=item.value.detach().clone())
 
 
 def _keys(step: Tally) -> list[tuple[str, str]]:

@@ -65,11 +65,11 @@ class Tally:
                 number, (total, count) = _number(item), self.scalars.get(key, (None, 0))
                 self.scalars[key] = (number if total is None else _sum(total, number), count + 1)
             case Image():
-                if not isinstance(item.value, torch.Tensor) or not 2 <= item.value.dim() <= 4 or not item.value.numel():
+                if not _real(item.value) or not 2 <= item.value.dim() <= 4 or not item.value.numel():
                     raise TypeError(f"Image({item.tag!r}, ...) takes a tensor [C, H, W], not {described(item.value)}")
                 self.images[key] = item.value
             case Embedding():
-                if not isinstance(item.value, torch.Tensor) or item.value.dim() != 2 or not item.value.numel():
+                if not _real(item.value) or item.value.dim() != 2 or not item.value.numel():
                     raise TypeError(f"Embedding({item.tag!r}, ...) takes a tensor [N, F], not {described(item.value)}")
                 if item.labels is not None and len(item.labels) != len(item.value):
                     raise ValueError(f"Embedding({item.tag!r}): {len(item.value)} points, {len(item.labels)} labels")
@@ -116,13 +116,18 @@ class Tally:
         return items
 
 
+def _real(value: Any) -> bool:
+    """Whether it is a tensor that can be drawn: what can't would fail where nobody knows who yielded it."""
+    return isinstance(value, torch.Tensor) and not value.is_complex() and not value.is_nested
+
+
 def _number(item: Scalar) -> Any:
-    """The number of a scalar: a float, or a 0-dim tensor where it is."""
+    """The number of a scalar as it is now: a float, or a 0-dim tensor where it is."""
     value = item.value
     if isinstance(value, torch.Tensor):
         if value.numel() != 1 or value.is_complex():
             raise ValueError(f"Scalar({item.tag!r}, ...) is one real number, not {described(value)}")
-        return value.reshape(())
+        return value.detach().reshape(()).clone()  # it is read later, and may be somebody's running total, or a weight
     try:
         return float(value)
     except (TypeError, ValueError):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from probe import Board, Capture, Kind, Probe, health, histogram, sketch, stats, summary
+from probe import Board, Capture, Kind, ParameterKind, Probe, health, histogram, sketch, stats, summary
 from probe.cache import FLOWING, StepCache
 
 PLACE: Any = (lambda: None, Kind.GRAD_OUTPUT)
@@ -184,6 +184,18 @@ def test_updates_are_let_go_of_at_the_next_optimizer_and_everything_at_the_end_o
     cache.forget()
     assert not cache.binned
     assert not any((cache._flowing, cache._parameters, cache._copies, cache._updates))
+
+
+def test_logs_share_what_they_sketch_of_parameters(tmp_path: Path, counter: Counter) -> None:
+    model = nn.Linear(4, 5)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    kinds = list(ParameterKind)
+    with Board(tmp_path) as board, Probe(model, optimizer=optimizer) as p:
+        p.log(board, histogram, kinds=kinds)
+        p.log(board, stats, kinds=kinds)
+        model(torch.randn(7, 4)).sum().backward()
+        optimizer.step()
+        assert sorted(counter.sizes[True]) == 3 * [5] + 3 * [20]  # values, gradients, updates
 
 
 def test_logs_and_health_checks_share_what_they_sketch(tmp_path: Path, counter: Counter) -> None:

@@ -34,6 +34,7 @@ from probe import (
 )
 from probe.hooks import ours
 from tests import zoo
+from tests.reading import pixels
 
 
 def read(folder: Path) -> EventAccumulator:
@@ -273,6 +274,8 @@ def test_a_summary_that_raises(tmp_path: Path, model: nn.Module, on_error: str) 
         ([Statistics(torch.ones(3), ("mode",))], ValueError, r"names=\('mode',\)\): use mean, std,"),
         ([Image("a", torch.ones(3))], TypeError, r"Image\('a', ...\) takes a tensor \[C, H, W\]"),
         ([Embedding("a", torch.ones(3))], TypeError, r"Embedding\('a', ...\) takes a tensor \[N, F\]"),
+        ([Image("a", torch.ones(3, 3) * 1j)], TypeError, r"takes a tensor \[C, H, W\], not a complex64 tensor"),
+        ([Embedding("a", torch.ones(3, 3) * 1j)], TypeError, r"takes a tensor \[N, F\], not a complex64 tensor"),
         ([Embedding("a", torch.ones(3, 2), [1])], ValueError, "3 points, 1 labels"),
     ],
 )
@@ -377,6 +380,93 @@ def test_clipping_is_seen(tmp_path: Path, model: nn.Module, optimizer: torch.opt
         optimizer.step()
     assert scalars(tmp_path, "grad_norm/before_clipping")[0] == pytest.approx(norm, rel=1e-4)
     assert scalars(tmp_path, "grad_norm/after_clipping")[0] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_norms_are_of_all_gradients_whatever_is_chosen(
+    tmp_path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """A log of one layer tells the norm of all gradients as well, and two logs of a writer tell it once a step."""
+    with Board(str(tmp_path)) as board, Probe(model, optimizer=optimizer) as p:
+        p.log(board, stats, layers="0")
+        p.log(board, histogram, every=2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.ones(3, 4)).square().mean().backward()
+            norm = float(nn.utils.clip_grad_norm_(model.parameters(), 0.01))
+            optimizer.step()
+    for tag, expected in (("before_clipping", norm), ("after_clipping", 0.01)):
+        told = [(each.step, each.value) for each in read(tmp_path).Scalars(f"grad_norm/{tag}")]
+        assert [step for step, _ in told] == [0, 1, 2]
+        assert told[-1][1] == pytest.approx(expected, rel=1e-3)
+    assert "2.weight/grad/norm" not in read(tmp_path).Tags()["scalars"]
+
+
+def test_what_shares_memory_with_a_parameter_is_what_it_was(tmp_path: Path) -> None:
+    """A number or a picture that a summary takes straight from a parameter or its gradient is that of its step."""
+
+    def own(c: Capture) -> Iterator[Any]:
+        yield Scalar("number", c.value[0])
+        yield Image("picture", c.value.expand(1, 2, 2))
+        yield Embedding("points", c.value[None])
+
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+    model.weight.grad = torch.zeros(1)
+    with Board(str(tmp_path), flush_secs=60) as board, Probe(model, optimizer=optimizer) as p:
+        p.log(board, own, kinds=[ParameterKind.VALUE, ParameterKind.GRAD])
+        for step in range(3):
+            model.weight.grad.fill_(step)
+            optimizer.step()
+        model.weight.grad.zero_()
+        board.flush()
+    assert scalars(tmp_path, "weight/value/number") == {0: 1.0, 1: 1.0, 2: 0.75}
+    assert scalars(tmp_path, "weight/grad/number") == {0: 0.0, 1: 1.0, 2: 2.0}
+    assert pixels(tmp_path, "weight/value/picture")[0, 0].tolist() == [191] * 3
+    points = sorted(tmp_path.glob("*/weight%2fvalue%2fpoints/tensors.tsv"))
+    assert [float(each.read_text()) for each in points] == [1.0, 1.0, 0.75]
+
+
+def test_a_running_total_is_what_it_was(tmp_path: Path) -> None:
+    """A number that a summary goes on writing to is logged as it was when it was yielded."""
+    total = torch.zeros(())
+
+    def passes(c: Capture) -> Iterator[Any]:
+        yield Scalar("passes", total.add_(1))
+
+    model = nn.Identity()
+    with Board(str(tmp_path)) as board, Probe(model, kinds=Kind.OUTPUT) as p:
+        p.log(board, passes)
+        for _ in range(3):
+            model(torch.ones(2))
+            p.step()
+    assert scalars(tmp_path, "Identity/output/passes") == {0: 1.0, 1: 2.0, 2: 3.0}
+
+
+def test_parameters_that_an_optimizer_gets_later(tmp_path: Path, model: nn.Module) -> None:
+    """A layer that is thawed in the middle is logged from then on, and not before."""
+    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    model[0].requires_grad_(False)
+    with Board(str(tmp_path)) as board, Probe(model, optimizer=optimizer) as p:
+        p.log(board, stats)
+        for step in range(4):
+            if step == 2:
+                optimizer.add_param_group({"params": list(model[0].requires_grad_(True).parameters())})
+            train(model, optimizer, [torch.ones(3, 4)])
+    for what in ("value/norm", "grad/norm", "update/ratio"):
+        assert sorted(scalars(tmp_path, f"0.weight/{what}")) == [2, 3]
+        assert sorted(scalars(tmp_path, f"2.weight/{what}")) == [0, 1, 2, 3]
+
+
+def test_parameters_without_values_yet(tmp_path: Path) -> None:
+    """Those of a lazy layer are logged once they have values; the last step is the one left open at the end."""
+    model = nn.LazyLinear(2)
+    with Board(str(tmp_path)) as board, Probe(model) as p:
+        p.log(board, stats, kinds=ParameterKind.VALUE)
+        p.step()
+        model(torch.ones(1, 3))
+        p.step()
+    assert sorted(scalars(tmp_path, "weight/value/mean")) == [1, 2]
 
 
 def test_pictures(tmp_path: Path) -> None:
