@@ -310,8 +310,9 @@ class Board(SummaryWriter):
         Arguments:
             values: a tensor of any dtype, layout and device, an array, a list, or a `probe.sketch.Sketch`. Complex
                 numbers are shown by their modulus.
-            bins: the default follows the data at every scale (a quarter of a power of two or finer); edges, or a rule
-                of ``numpy.histogram``, are taken as given, at NumPy's cost.
+            bins: the default follows the data at every scale (a quarter of a power of two or finer; what is closer
+                together than that, as 1e4 ± 0.01, is drawn flat); edges, or a rule of ``numpy.histogram``, are taken as
+                given, at NumPy's cost.
             max_bins: join neighbouring bins until there are no more than these.
         """
         run = self._run("")

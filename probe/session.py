@@ -174,6 +174,8 @@ class Session:
         return on_step(optimizer, outside(self._before_step), outside(self._after_step))
 
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if within_step(optimizer):
+            return None
         if self._live and self.scaler is None and not self.scaled:
             self.scaled = stepping_scaler() is not None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -201,6 +203,8 @@ class Session:
             receiver.before_step(optimizer, step)
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if within_step(optimizer):
+            return
         step = self._step_of(optimizer)
         for receiver in self.receivers:
             receiver.after_step(optimizer, step)
@@ -355,6 +359,16 @@ def stepping_scaler() -> torch.amp.GradScaler | None:
             return scaler if scaler.is_enabled() else None
         frame = frame.f_back
     return None
+
+
+def within_step(optimizer: Any) -> bool:
+    """Whether this is a step that the optimizer's own one calls, by ``super().step()``: torch calls hooks at both."""
+    code, calls = getattr(type(optimizer).step, "__code__", None), 0  # torch's wrapper, the same for all classes
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        calls += frame.f_code is code and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return calls > 1
 
 
 def _running(module: nn.Module) -> int:

@@ -18,6 +18,7 @@ from probe.board import new_folder
 from probe.forward import graph_task, is_replica
 from probe.hooks import on_any_call, on_any_step
 from probe.ranks import rank
+from probe.session import within_step
 from probe.watched import Model, Options, alive, is_traced, is_within, parameters_of, unwrapped
 
 _MOST_MODELS = 16  # a script that makes models without end is not to fill the disk
@@ -153,7 +154,7 @@ class Watch:
     # -- steps ---------------------------------------------------------------------------------------------------------
 
     def _stepping(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or within_step(optimizer):
             return
         self.updates += 1
         led = self.led.get(optimizer)

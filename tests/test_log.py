@@ -654,6 +654,25 @@ def test_a_step_with_a_closure(tmp_path: Path, model: nn.Module, how: str) -> No
     assert scalars(tmp_path, "0.weight/update/norm")[0] == pytest.approx(float(update.norm()), rel=1e-4)
 
 
+def test_a_step_that_calls_its_parents_is_one_step(tmp_path: Path, model: nn.Module) -> None:
+    """torch calls hooks around ``super().step()`` as well, once an optimizer of the parent's class was made."""
+
+    class Careful(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    torch.optim.SGD(model.parameters())
+    before = model[0].weight.detach().clone()
+    optimizer = Careful(model.parameters(), lr=0.1)
+    with Board(str(tmp_path)) as board, Probe(model, optimizer=optimizer) as p:
+        p.log(board, stats)
+        for _ in range(2):
+            train(model, optimizer, [torch.ones(3, 4)])
+        assert (p.steps, len(p.schedule.lr)) == (2, 2)
+    assert scalars(tmp_path, "0.weight/value/norm")[0] == pytest.approx(float(before.norm()), rel=1e-5)
+    assert sorted(scalars(tmp_path, "0.weight/update/norm")) == [0, 1]
+
+
 def test_a_resumed_training_goes_on_counting(
     tmp_path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
