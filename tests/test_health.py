@@ -657,9 +657,9 @@ def test_layers_that_are_skipped_at_times_are_no_finding() -> None:
     """As by LayerDrop, by experts, or by the heads of several tasks; nor those whose turn is in steps not observed."""
 
     class Heads(nn.Module):
-        def __init__(self, turn: Callable[[int], int]) -> None:
+        def __init__(self, turn: Callable[[int], int], number: int = 4) -> None:
             super().__init__()
-            self.trunk, self.heads = nn.Linear(8, 16), nn.ModuleList(nn.Linear(16, 3) for _ in range(4))
+            self.trunk, self.heads = nn.Linear(8, 16), nn.ModuleList(nn.Linear(16, 3) for _ in range(number))
             self.calls, self.turn = -1, turn
 
         def forward(self, x: Tensor) -> Tensor:
@@ -667,6 +667,7 @@ def test_layers_that_are_skipped_at_times_are_no_finding() -> None:
             return self.heads[self.turn(self.calls)](self.trunk(x))
 
     assert names(train(Heads(lambda call: call if call < 4 else 0), steps=16)) == []
+    assert names(train(Heads(lambda call: call % 8, 8), steps=12)) == []  # the last one's first turn is the eighth step
     model = Heads(lambda call: call % 4)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with Probe(model, optimizer=optimizer) as p:
@@ -679,12 +680,46 @@ def test_layers_that_are_skipped_at_times_are_no_finding() -> None:
     assert p.findings.steps == 6
 
 
+def test_an_expert_that_is_given_no_sample_is_told_as_such() -> None:
+    """It is called, but the graph is not cut after it."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk, self.experts = nn.Linear(8, 3), nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.trunk(x)
+            chosen = torch.arange(len(x)) % 2  # the third one never
+            for i, expert in enumerate(self.experts):
+                rows = (chosen == i).nonzero()[:, 0]
+                h = h.index_add(0, rows, expert(h[rows]))
+            return h
+
+    (finding,) = train(Experts(), steps=12)
+    assert (finding.check, finding.layer, finding.step) == ("no gradient", "experts.2", 9)
+    assert finding.meaning.startswith("it takes no part in the forward pass")
+
+
 def test_frozen_layers_are_meant_to_have_no_gradient() -> None:
     """They need none."""
     model = mlp()
     model[0].requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert train(model, optimizer=torch.optim.SGD(trained, 0.1)) == []
+
+
+def test_gradients_that_are_zeroed_before_the_step_are_told() -> None:
+    """Every weight has a gradient and never moves: the advice names the usual reason first."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Probe(model, optimizer=optimizer, observers=health.checks()) as p:
+        for _ in range(4):
+            F.cross_entropy(model(batch()[0]), batch()[1]).backward()
+            optimizer.zero_grad()
+            optimizer.step()
+    assert {each.check for each in p.findings} == {"never moves"}
+    assert all(each.advice.startswith("is zero_grad() called between") for each in p.findings)
 
 
 def test_rows_that_differ_are_no_symmetry() -> None:

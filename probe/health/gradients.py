@@ -183,10 +183,13 @@ CUT = Rule(
     "let the loss depend on it, or freeze it (requires_grad_(False)) and leave it out of the optimizer",
     "an optimizer leaves a parameter without a gradient as it is",
 )
-UNUSED = replace(CUT, meaning="it takes no part in the forward pass, or not in the loss")
+UNUSED = replace(
+    CUT,
+    meaning="it takes no part in the forward pass (an expert or a head that never has its turn?), or not in the loss",
+)
 
 
-def missing_gradients(*, window: int = 5) -> Check:
+def missing_gradients(*, window: int = 5, patience: int = 10) -> Check:
     """Parameters that an optimizer updates and that never got a gradient, or only one of exact zeros.
 
     Of a row of such layers, one after the other, the last one is named: there the gradient stops. One that had a
@@ -196,31 +199,34 @@ def missing_gradients(*, window: int = 5) -> Check:
 
     Arguments:
         window: steps in a row in which it has to be so, at least.
+        patience: in so many steps, observed or not, a layer has to be called with a sample for the first time.
 
     Source: an optimizer leaves a parameter without a gradient as it is.
     """
 
     def judge(seen: Sequence[Step]) -> Iterator[Finding]:
-        step = seen[-1]
-        came = any(call.grad_outputs for each in seen for call in calls_of(each))
-        if not came or not all(each.stepped for each in seen):
+        step, waited = seen[-1], seen[-1].number - seen[0].number + 1
+        recent = seen[-window:]
+        calls = [call for each in recent for call in calls_of(each)]
+        if len(recent) < window or not any(c.grad_outputs for c in calls) or not all(each.stepped for each in recent):
             return
         reached = {p.layer for p in step.parameters.values() if p.reached}
-        never = [p for p in step.parameters.values() if _never_got([s.parameters.get(p.name) for s in seen])]
+        never = [p for p in step.parameters.values() if _never_got([s.parameters.get(p.name) for s in recent])]
         lacking = [p for p in never if p.grad is None or p.layer not in reached]
         what = "parameters without a gradient"
-        called = list(dict.fromkeys(call.layer for call in sorted(calls_of(step), key=lambda call: call.order)))
+        order = {call.layer: call.order for call in calls if any(each.count for each in call.outputs.values())}
+        called = sorted(order, key=lambda layer: order[layer])
         owners = {p.layer for p in step.parameters.values()}
         for row in _rows([layer for layer in called if layer in owners], {p.layer for p in lacking}):
             names = [p.name for p in lacking if p.layer == row[-1]]
             more = f"likewise {shown(row[-2::-1])} before it" if len(row) > 1 else ""
             yield CUT.broken(step, row[-1], what, len(names), 0, shown(names), more)
         unused = [p for p in lacking if p.layer not in called]
-        if unused:
+        if unused and waited >= patience:
             yield UNUSED.broken(step, unused[0].layer, what, len(unused), 0, shown(p.name for p in unused))
 
     kinds = (Kind.OUTPUT | Kind.GRAD_OUTPUT, ParameterKind.GRAD)
-    return Check("no gradient", judge, kinds, window)
+    return Check("no gradient", judge, kinds, max(window, patience), eager=True)
 
 
 def _never_got(records: Sequence[ParameterRecord | None]) -> bool:

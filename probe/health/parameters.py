@@ -100,7 +100,8 @@ ROUNDED = Rule(
 STUCK = Rule(
     "never moves",
     "it has a gradient and a learning rate, and is after every step what it was before",
-    "is it written back after the step (a constraint, a copy), or does a hook or a mask undo the update?",
+    "is zero_grad() called between backward() and step()? is it written back after the step (a constraint, a copy), or "
+    "does a hook or a mask undo the update?",
     "what has a gradient and a learning rate moves",
 )
 
