@@ -119,7 +119,11 @@ class Watch:
         if all(id(parameter) in seen for parameter in own):
             return  # a wrapper of models that are called by themselves
         for model in inside:
-            model.end()
+            if model.trained or model.steps:
+                model.end()
+            else:  # it was called while the whole was being built, as to learn what shape it gives
+                model.drop()
+                self.models.remove(model)
         self._add(module, called=True)
 
     def _add(self, module: nn.Module, *, called: bool) -> Model | None:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import os
+import shutil
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -99,6 +100,7 @@ class Model(Receiver):
         self._thread = threading.get_ident()
         self._probe: Probe | None = None
         self._board: Board | None = None
+        self._new_folder: str | None = None  # the board's, if nobody had it before
         self._handles: list[Any] = []
         self._others: set[int] = set()  # optimizers that have stepped since that one did whose step ends a step
         self._last_update = 0
@@ -237,7 +239,9 @@ class Model(Receiver):
         probe._scaler = probe._session.scaler = stepping_scaler() if optimizers else _only_scaler()
         self.layers = [(name, layer.module_type.__name__) for name, layer in probe._by_name.items()]
         if self._board is None:
-            self._board = Board(os.path.join(self.watch.folder(), self.name))
+            folder = os.path.join(self.watch.folder(), self.name)
+            self._new_folder = None if os.path.exists(folder) else folder
+            self._board = Board(folder)
         # parameters are shown around an optimizer's step; without one they would be shown twice for the first step
         kinds = self._kinds if optimizers else [kind for kind in self._kinds if isinstance(kind, Kind)] or self._kinds
         alone: dict[str, Any] = {"every": self._options.every, "per_rank": several()}  # only the first rank is probed
@@ -283,6 +287,14 @@ class Model(Receiver):
         self.over = True
         with self._careful():
             self._rest()
+
+    def drop(self) -> None:
+        """Be done with it before anything of it is written, and leave no empty folder."""
+        if self._probe is not None:
+            self._probe._session.receivers.clear()
+        self.end()
+        if self._new_folder is not None:
+            shutil.rmtree(self._new_folder, ignore_errors=True)
 
     def sleep_if_idle(self) -> None:
         """Hold on to nothing of the script's, if others were trained lately in its place."""
