@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
             f"nothing can be written to {args.logdir or 'runs'!r}; give --logdir a folder that can be made"
         )
     observe = os.environ.get("RANK", "0") == "0"  # what torchrun sets: one rank writes
-    watching = _Watching(args, program.name)
+    watching = _Watching(args, program)
     if observe:
         _when_imported("torch", watching.start)
     process = os.getpid()
@@ -168,9 +168,10 @@ def _find(name: str) -> importlib.machinery.ModuleSpec:
 class _Watching:
     """What watches the script's training, once torch is there; and the report of it."""
 
-    def __init__(self, args: argparse.Namespace, name: str) -> None:
+    def __init__(self, args: argparse.Namespace, program: Program) -> None:
         self._args = args
-        self._name = name
+        self._program = program
+        self._froze = False
         self._watch: Watch | None = None
         self._failure = ""
 
@@ -194,10 +195,12 @@ class _Watching:
                 kinds=args.kinds,
                 until_step=args.until_step,
                 findings=args.findings,
-                comment=f"_{self._name}",
+                comment=f"_{self._program.name}",
             )
         )
-        gc.freeze()  # what observed steps make has Python look through all objects now and then; torch's need it not
+        if _only_imports(self._program.code):
+            gc.freeze()  # what observed steps make has Python look at all objects now and then; torch's need it not
+            self._froze = True
 
     def finish(self) -> None:
         """End it, and tell what was seen. Whatever fails here, the script ends as it would without."""
@@ -216,7 +219,8 @@ class _Watching:
         if self._watch is None:
             yield "probe: the script did not import torch: there was nothing to probe"
             return
-        gc.unfreeze()
+        if self._froze:
+            gc.unfreeze()
         self._watch.close()
         for note in self._watch.notes:
             yield f"probe: {note}"
@@ -227,6 +231,31 @@ class _Watching:
         for model in self._watch.models:
             yield from model.report(brief=bool(trained) and model not in trained)
         yield f"probe: see it in TensorBoard:  python -m probe open {shlex.quote(self._watch.folder())}"
+
+
+def _only_imports(code: types.CodeType | None) -> bool:
+    """Whether a script, in the midst of an import, holds nothing yet that could become garbage later.
+
+    The import is at its top level, and so is every import on the way; what it has are functions, classes, and what some
+    other module has too.
+    """
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not code:
+        on_the_way = frame.f_code.co_name == "<module>" or frame.f_code.co_filename.startswith("<frozen importlib")
+        if code is not None and not on_the_way and frame.f_code.co_filename != __file__:
+            return False
+        frame = frame.f_back
+    if frame is None:
+        return code is None  # it has not begun
+    spaces = [getattr(each, "__dict__", {}) for each in list(sys.modules.values())]
+    others = [each for each in spaces if each is not frame.f_globals]  # multiprocessing has a second name for it
+    return all(
+        name.startswith("__")
+        or not gc.is_tracked(value)
+        or isinstance(value, types.ModuleType | types.FunctionType | type)
+        or any(each.get(name) is value for each in others)
+        for name, value in list(frame.f_globals.items())
+    )
 
 
 def _hide_frames(error: BaseException, code: types.CodeType | None) -> None:

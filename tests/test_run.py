@@ -256,8 +256,12 @@ def test_a_script_without_torch_is_left_alone(tmp_path: Path) -> None:
 def test_garbage_is_collected_as_before_among_what_the_script_makes(tmp_path: Path) -> None:
     """What was imported until then is left out: an observed step would have it all looked through again."""
     script = """
-        import gc, sys, weakref, torch
+        from __future__ import annotations
+        import gc, sys, weakref
+        from typing import Any
         class Node: pass
+        def main() -> Any: ...
+        import torch
         node = Node()
         node.itself, seen = node, weakref.ref(node)
         print(any(each is node for each in gc.get_objects()), gc.isenabled(), gc.get_threshold())
@@ -270,6 +274,28 @@ def test_garbage_is_collected_as_before_among_what_the_script_makes(tmp_path: Pa
     assert bare.out == probed.out
     assert bare.err == "False\n"
     assert probed.err.splitlines()[0] == "True"
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "node, seen = make()\nimport torch\ndel node\ngc.collect()\nprint(seen(), gc.get_freeze_count())",
+        "def main():\n    node, seen = make()\n    import torch\n    del node\n    gc.collect()\n"
+        "    print(seen(), gc.get_freeze_count())\nmain()",
+    ],
+    ids=["top", "function"],
+)
+def test_what_a_script_made_before_it_imports_torch_can_still_be_collected(tmp_path: Path, script: str) -> None:
+    head = """
+        import gc, weakref
+        class Node: pass
+        def make():
+            node = Node()
+            node.itself = node
+            return node, weakref.ref(node)
+    """
+    bare, probed = both(tmp_path, textwrap.dedent(head) + script)
+    assert bare.out == probed.out == "None 0\n"
 
 
 @pytest.mark.parametrize(
@@ -576,6 +602,26 @@ def test_a_model_that_is_not_trained_is_told_briefly(start: Callable[..., Run]) 
     rows = [[line for line in run.err.splitlines() if "Linear" in line] for run in (alone, beside)]
     assert [len(each) for each in rows] == [2, 2]
     assert "probe: other (Sequential): 2 steps, 1 of them observed" in told(beside)
+
+
+def test_parts_called_while_the_model_is_being_built_are_no_models_of_their_own(start: Callable[..., Run]) -> None:
+    """As a script does to learn what shape a part gives, and torch as it puts a parametrization on."""
+    script = """
+from torch.nn.utils.parametrizations import spectral_norm
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 6), nn.ReLU())
+        self.head = spectral_norm(nn.Linear(self.body(torch.zeros(1, 4)).shape[1], 3))
+    def forward(self, x):
+        return self.head(self.body(x))
+net = Net()
+train(net, 4)
+"""
+    run = start("--every 2", HEAD + script)
+    assert list(found(run)) == ["net (Net)"]
+    assert os.listdir(run.board) == ["net"]
+    assert layers_of(run, "net") >= {"body.0", "body.1", "head"}
 
 
 def test_the_options_know_every_kind() -> None:
