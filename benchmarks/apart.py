@@ -132,5 +132,6 @@ def answer(measure: Callable[[Any], Any], tasks: Sequence[Any]) -> None:
                 row = measure(task)
             except Exception as error:
                 first = (str(error).splitlines() or [""])[0]
-                row = {"failed": f"{type(error).__name__}: {first}"[:200]}
+                little = "too little memory: " if "can't allocate memory" in first else ""
+                row = {"failed": f"{little}{type(error).__name__}: {first}"[:200]}
             print(json.dumps(row), file=out, flush=True)

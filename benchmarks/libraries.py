@@ -211,14 +211,15 @@ def torchlens_trace(work: Work) -> AbstractContextManager[Job]:
 
 
 def torchlens_record(work: Work) -> AbstractContextManager[Job]:
-    """``torchlens.record``: the values, without the graph."""
+    """``torchlens.record``: the values of what leaf modules do, without the graph."""
     import torchlens
 
     held: list[Any] = []
+    leaves = set(leaf_names(work.model))
 
     def run() -> None:
         with torch.no_grad():
-            held[:] = [torchlens.record(work.model, work.inputs, save=lambda context: True)]
+            held[:] = [torchlens.record(work.model, work.inputs, save=lambda each: each.address in leaves)]
 
     def values() -> Values:
         records = held[0].records

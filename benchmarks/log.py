@@ -66,7 +66,7 @@ def main() -> None:
     options = parser.parse_args()
     batch = options.batch or (1 if options.quick else 8)
     steady(options.threads)
-    print(f"{machine()}; batch {batch}")
+    print(f"{machine('cpu')}; batch {batch}")
     with tempfile.TemporaryDirectory() as folder:
         observed(folder, batch, options.size, 1 if options.quick else 10)
         every(folder, batch, options.size, 3 if options.quick else 30)

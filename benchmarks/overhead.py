@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from benchmarks import apart, command
 from benchmarks.arms import ARMS, Arm, Attached
 from benchmarks.command import Results, progress
 from benchmarks.counts import Counts, count
-from benchmarks.timing import Ratio, compare
+from benchmarks.timing import Ratio, compare, seconds_of
 from benchmarks.work import Work, calls, prepare
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -87,13 +86,7 @@ class Run:
         self.seconds = seconds
         self.least = least
         self.names, self.calls = calls(base)
-        for _ in range(2):
-            base.step()
-        start = time.perf_counter()
-        base.step()
-        if base.device == "cuda":
-            torch.cuda.synchronize()
-        self.step_seconds = time.perf_counter() - start
+        self.step_seconds = seconds_of(base.step, seconds=0.0)
         self.counts = count(base.model, base.step, base.device)
 
     def steps(self, every: int) -> int:
@@ -117,7 +110,8 @@ def measure(task: Task, work: Work, run: Run, found: Results) -> None:
         ratio = _ratio(arm, every, against, work, run)
     except Exception as error:
         why = _too_little(arm.name, error) if command.out_of_memory(error) else f"{type(error).__name__}: {error}"
-        found.add(f"{label:28} {why.splitlines()[0][:90]}", **row, failed=why.splitlines()[0])
+        start = label if against.name == "bare" else f"{label} / {against.name}"
+        found.add(f"{start:28} {why.splitlines()[0][:90]}", **row, failed=why.splitlines()[0])
         return
     if counts is not None:
         row |= counts._asdict()

@@ -224,6 +224,8 @@ def _stretch(step: Callable[[], object], steps: int, device: str) -> dict[str, A
     for _ in range(steps):
         start = time.perf_counter()
         step()
+        if device == "cuda":
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     gc.collect()
     return {"seconds": statistics.median(times), "objects": len(gc.get_objects()), "memory": _memory(device)}

@@ -88,13 +88,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     seconds = 0.5 if options.quick else 5.0
-    print(f"{machine()}, NumPy {np.__version__}")
+    print(f"{machine('cpu')}, NumPy {np.__version__}")
     with tempfile.TemporaryDirectory() as folder, Nowhere(folder) as writer:
         for size in (512, 1_000_000) if options.quick else (512, 10_000, 100_000, 1_000_000, 10_000_000):
             one_tensor(size, seconds, writer)
         for width in (16, 64):
             many_tensors(width, seconds, writer)
     if torch.cuda.is_available():
+        print(machine("cuda"))
         for size in (10_000, 1_000_000, 100_000_000):
             on_cuda(size, seconds)
 

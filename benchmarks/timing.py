@@ -136,9 +136,8 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     return found
 
 
-def machine(device: str | None = None) -> str:
-    """One line about where this runs; on a GPU where there is one, unless the `device` is said."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+def machine(device: str) -> str:
+    """One line about where this runs."""
     found = environment(device)
     clocks = f" ({found['clocks']})" if found.get("clocks") else ""
     name = f"{found['gpu']}{clocks}" if device == "cuda" else found["cpu"]

@@ -436,6 +436,8 @@ def measure(task):
         sys.exit("out of luck")
     if task == "hangs":
         time.sleep(60)
+    if task == "is greedy":
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
     return {{"did": 1 / task}}
 
 apart.answer(measure, json.loads(sys.argv[-1])["tasks"])
@@ -452,8 +454,9 @@ def _worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_worker")
 def test_a_library_that_dies_or_raises_is_a_row() -> None:
     """Each with its reason; the tasks before and after it have their rows."""
-    assert list(apart.rows("worker", [1, "dies", 2, 0, "ends", 4], 60.0)) == [
+    assert list(apart.rows("worker", [1, "is greedy", "dies", 2, 0, "ends", 4], 60.0)) == [
         {"did": 1.0},
+        {"failed": "too little memory: RuntimeError: DefaultCPUAllocator: can't allocate memory"},
         {"failed": "its process was ended by SIGKILL (too little memory?)"},
         {"did": 0.5},
         {"failed": "ZeroDivisionError: division by zero"},
