@@ -9,7 +9,6 @@ import contextlib
 import sys
 import threading
 import types
-import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -22,7 +21,6 @@ from probe.graph import Edges
 from probe.tree import inputs, leaves, rebuild, shape, storage_of
 
 graph_task: Callable[[], int] = torch._C._current_graph_task_id
-sequence_number: Callable[[], int] = torch._C._autograd._get_sequence_nr
 _tensor_type = torch.Tensor
 
 HookGradients = Callable[[list[Any], Call, Any, "Edges | None"], None]
@@ -141,7 +139,7 @@ class Before(ForwardHook):
         elif self._wants_grad and torch.is_grad_enabled():
             entry[2] = Edges(args, kwargs)
         if self._by_module:
-            self._tap.tickets.append((sequence_number(), weakref.ref(call), call.index, call.info))
+            self._tap.ticket(call)
         return (args, kwargs) if edited else None
 
 

@@ -7,11 +7,13 @@ graph of each call, through which gradients go to the takers that receivers offe
 from __future__ import annotations
 
 import functools
+import itertools
+import operator
 import threading
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -33,10 +35,12 @@ from probe.forward import (
     nothing,
     put,
     same,
-    sequence_number,
 )
 from probe.graph import Base, Edges, edge, version
 from probe.tree import SOLE, input_leaves, inputs, leaves, rebuild, shape, snapshot
+
+Ticket = tuple[int, "weakref.ref[Call]", int, PassInfo]
+"""The sequence number of the next node when a call began or ended, the call, its index, and what its pass shares."""
 
 
 class Deliver(Protocol):
@@ -74,9 +78,10 @@ class Tap:
         self.tried = False  # whether a whole pass went by while it had hooks, and whether they ever fired
         self.fired = False
         self.before: Any = None  # the hook before the forward, where it needs one
-        # (sequence number, weak call, index, info) of calls whose gradients come back by another road than a closure:
-        # torch's module backward hook, and the recomputation of a reentrant checkpoint
-        self.tickets: deque[tuple[int, weakref.ref[Call], int, PassInfo]] = deque(maxlen=4096)
+        # of calls whose gradients come back by another road than a closure: torch's module backward hook, and the
+        # recomputation of a reentrant checkpoint; and the threads that they are of
+        self._tickets: deque[Ticket] = deque(maxlen=4096)
+        self._threads: set[int] = set()
 
     def asks(self, kind: Kind) -> bool:
         return bool(self.takers.get(kind) or self.edits.get(kind))
@@ -133,7 +138,7 @@ class Tap:
                 tensors = [(path, tensor) for path, tensor in leaves(output) if tensor.requires_grad]
             if not tensors:
                 if not torch.is_grad_enabled() and call.info.grad_enabled:  # perhaps a reentrant checkpoint's first run
-                    self.tickets.append((sequence_number(), weakref.ref(call), call.index, call.info))
+                    self.ticket(call)
                 return
             call.needs_grad = True
             if edges is not None and edges.paths:
@@ -247,7 +252,7 @@ class Tap:
             local.replays = (graph_task(), {})
         key = (number, self.layer)
         nth = local.replays[1].get(key, 0)
-        later = [ticket for ticket in self._own_tickets() if ticket[0] > number]
+        later = list(itertools.takewhile(lambda ticket: ticket[0] > number, self._newest_tickets()))
         if nth < len(later):
             if self.edits.get(Kind.GRAD_INPUT):
                 raise RuntimeError(
@@ -255,14 +260,24 @@ class Tap:
                     "use checkpoint(..., use_reentrant=False)"
                 )
             local.replays[1][key] = nth + 1
-            hook_gradients(self.session.handles(), self.redeem(later[nth]), output, edges)
+            hook_gradients(self.session.handles(), self.redeem(later[-1 - nth]), output, edges)
 
-    def _own_tickets(self) -> list[tuple[int, weakref.ref[Call], int, PassInfo]]:
-        """The tickets of this thread's passes, as every thread numbers its nodes itself; all on a device's thread."""
-        tickets = list(self.tickets)
-        return [ticket for ticket in tickets if ticket[3].thread == threading.get_ident()] or tickets
+    def ticket(self, call: Call) -> None:
+        """Note a call whose gradients come back by another road than a closure."""
+        self._threads.add(call.info.thread)
+        self._tickets.append((torch._C._autograd._get_sequence_nr(), weakref.ref(call), call.index, call.info))
 
-    def redeem(self, ticket: tuple[int, weakref.ref[Call], int, PassInfo]) -> Call:
+    def _newest_tickets(self) -> Iterator[Ticket]:
+        """The tickets of this thread's calls, the last first; on a device's thread, which makes no calls, all.
+
+        Sequence numbers go down, as every thread numbers its nodes itself: who looks for some need not see all.
+        """
+        tickets, thread = list(self._tickets), threading.get_ident()
+        if thread in self._threads:
+            return (ticket for ticket in reversed(tickets) if ticket[3].thread == thread)
+        return reversed(tickets if len(self._threads) == 1 else sorted(tickets, key=operator.itemgetter(0)))
+
+    def redeem(self, ticket: Ticket) -> Call:
         """The call that a ticket stands for, or one like it where nobody keeps the call any more."""
         _, call, index, info = ticket
         return call() or Call(self.layer, index, info)
@@ -274,10 +289,12 @@ class Tap:
 
         def backward(module: nn.Module, grad_input: Any, grad_output: Any) -> Any:
             node = torch._C._current_autograd_node()
-            before = [t for t in self._own_tickets() if node is not None and t[0] <= node._sequence_nr()]
-            if not before or session.closed:
+            if node is None or session.closed:
                 return None
-            call = self.redeem(before[-1])
+            ticket = next((each for each in self._newest_tickets() if each[0] <= node._sequence_nr()), None)
+            if ticket is None:
+                return None
+            call = self.redeem(ticket)
             call.needs_grad = True
             if refused:
                 raise RuntimeError(

@@ -149,7 +149,7 @@ class Session:
             pass_.stack.clear()
             pass_.newest = None
         self.local.current = self.local.log = None
-        self.local.replay_stack = ()
+        self.local = Local()  # a pass that another thread is in does not go on when the probe is entered again
         for handles in lists:
             for handle in handles:
                 handle.remove()

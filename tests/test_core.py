@@ -233,6 +233,37 @@ def test_left_inside_a_forward_by_another_thread(backward: str, net: nn.Module, 
     assert zoo.fingerprint(net) == before
 
 
+@pytest.mark.parametrize("kinds", [Kind.OUTPUT, Kind.all()], ids=["short", "all"])
+def test_entered_again_while_another_thread_goes_on(kinds: Kind, x: torch.Tensor) -> None:
+    """That thread's pass was interrupted by the exit: what it calls next, be it a mere part, begins a new one."""
+    reached, left, ended, again = (threading.Event() for _ in range(4))
+
+    class Waits(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            reached.set()
+            left.wait(20)
+            return x
+
+    def work() -> None:
+        model(x)
+        ended.set()
+        again.wait(20)
+        model[1](x + 1)
+
+    model = nn.Sequential(Waits(), nn.Tanh())
+    thread = threading.Thread(target=work)
+    p = Probe(model, "1", kinds=kinds)
+    with p:
+        thread.start()
+        assert reached.wait(20)
+    left.set()
+    assert ended.wait(20)
+    with p:
+        again.set()
+        thread.join(20)
+    assert torch.equal(p["1"].output, torch.tanh(x + 1).detach())
+
+
 def test_nested_probes_of_a_model_and_its_parts(net: nn.Module, x: torch.Tensor) -> None:
     """Each sees its own selection with its own names, and all agree."""
     with Probe(net) as whole, Probe(net[2]) as part, Probe(net, "2", kinds=Kind.OUTPUT) as one:

@@ -12,6 +12,7 @@ import io
 import itertools
 import pickle
 import threading
+import time
 import types
 import weakref
 from collections import OrderedDict
@@ -1951,6 +1952,28 @@ def test_threads_do_not_mix(backward: str) -> None:
                 assert torch.equal(p["block1.0"].calls[0].grad_input, x.grad)
 
         in_threads(work)
+
+
+@pytest.mark.parametrize("how", ["module", "reentrant"])
+def test_a_backward_costs_the_same_after_many_calls(how: str) -> None:
+    """F8.1b no search through all earlier calls, which made steps of a long training several times as dear."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    x = torch.randn(1, 2, requires_grad=True)
+
+    def run(times: int = 1) -> torch.Tensor:
+        forward = lambda x: [model(x) for _ in range(times)][-1]  # noqa: E731
+        return forward(x) if how == "module" else checkpoint(forward, x, use_reentrant=True)
+
+    def step() -> float:
+        out, start = run(), time.perf_counter()
+        out.sum().backward()
+        return time.perf_counter() - start
+
+    with Probe(model, kinds=Kind.GRAD_OUTPUT, backward="module" if how == "module" else "tensor"):
+        early = min(step() for _ in range(20))
+        run(4096)
+        late = min(step() for _ in range(20))
+    assert late < 2 * early
 
 
 def test_threads_reuse_their_identifiers() -> None:
