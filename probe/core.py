@@ -562,7 +562,13 @@ class Probe:
 
     @contextlib.contextmanager
     def tag(self, name: str) -> Iterator[None]:
-        """Passes inside the block count as `name` (``"valid"``) in place of ``"train"`` or ``"eval"``."""
+        """Passes inside the block count as `name` (``"valid"``) in place of ``"train"`` or ``"eval"``.
+
+        Raises:
+            TypeError: `name` is no string.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f'tag takes a name, as p.tag("valid"), not {name!r} ({type(name).__name__})')
         before, self._session.tag = self._session.tag, name
         try:
             yield

@@ -139,6 +139,8 @@ _NUMBERS = frozenset(sketch.NUMBERS)
 
 def _sketched(item: Histogram | Statistics) -> Sketch | None:
     if isinstance(item.value, Sketch):
+        if isinstance(item, Histogram) and not item.value.binned:
+            raise ValueError(f"Histogram({item.tag!r}, ...) takes a sketch with a histogram: sketch.of(tensor)")
         return item.value
     try:
         numbers = torch.as_tensor(item.value)

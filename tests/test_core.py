@@ -1042,6 +1042,8 @@ def test_tags_name_passes(net: nn.Module, x: torch.Tensor) -> None:
             with p.tag("test"):
                 net(x)
             net(x)
+        with pytest.raises(TypeError, match=r'p.tag\("valid"\), not 3'), p.tag(3):
+            pass
         with contextlib.suppress(ValueError), p.tag("broken"):
             raise ValueError
         net(x)

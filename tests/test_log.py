@@ -274,6 +274,7 @@ def test_a_summary_that_raises(tmp_path: Path, model: nn.Module, on_error: str) 
         ([Statistics(torch.ones(3), ("mode",))], ValueError, r"names=\('mode',\)\): use mean, std,"),
         ([Image("a", torch.ones(3))], TypeError, r"Image\('a', ...\) takes a tensor \[C, H, W\]"),
         ([Embedding("a", torch.ones(3))], TypeError, r"Embedding\('a', ...\) takes a tensor \[N, F\]"),
+        ([Histogram("a", sketch.of(torch.ones(3), histogram=False))], ValueError, r"takes a sketch with a histogram"),
         ([Image("a", torch.ones(3, 3) * 1j)], TypeError, r"takes a tensor \[C, H, W\], not a complex64 tensor"),
         ([Embedding("a", torch.ones(3, 3) * 1j)], TypeError, r"takes a tensor \[N, F\], not a complex64 tensor"),
         ([Embedding("a", torch.ones(3, 2), [1])], ValueError, "3 points, 1 labels"),
