@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from probe import Board, Kind, Probe, health, histogram, sketch
 from probe.findings import Finding, Findings, Severity
-from probe.health import vitals
+from probe.health import modules, vitals
 from probe.health.records import Fetch
 from tests import reading, zoo
 
@@ -804,6 +804,15 @@ def test_frozen_batch_norm_in_eval_mode_is_meant() -> None:
     model[2].eval().requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert train(model, optimizer=torch.optim.SGD(trained, 0.01)) == []
+
+
+def test_a_small_batch_is_set_beside_running_statistics_as_torch_computes_them() -> None:
+    """The variance of a batch of two is the unbiased one that ``running_var`` is an average of."""
+    norm, x = nn.BatchNorm1d(3, momentum=1.0), torch.randn(2, 3)
+    norm(x)
+    facts = modules.input_facts(norm, [("", x)])
+    assert float(facts["scale"]) == pytest.approx(1.0, abs=1e-4)
+    assert float(facts["shift"]) == pytest.approx(0.0, abs=1e-4)
 
 
 def test_dropout_of_nothing_may_sleep() -> None:
