@@ -125,6 +125,7 @@ class Tap:
         if not wants_output and (by_module or not self.asks(Kind.GRAD_INPUT)):
             return None
         at_output = self.on_gradient(Kind.GRAD_OUTPUT) if wants_output else None
+        unedited = self.on_gradient(Kind.GRAD_OUTPUT, edit=False)
         at_input = self.on_gradient(Kind.GRAD_INPUT)
         tensor_type, hook_leaf = torch.Tensor, self.session.hook_leaf
         edited, replaced = bool(self.edits.get(Kind.GRAD_OUTPUT)), bool(self.edits.get(Kind.OUTPUT))
@@ -145,14 +146,23 @@ class Tap:
                 call.input_needs_grad = True
                 self._hook_inputs(handles, call, tensors, edges, at_input)
             if at_output is not None:
+                places: dict[int, list[str]] = {}
+                for path, tensor in tensors if edited else ():
+                    places.setdefault(id(tensor), []).append(path)
                 for path, tensor in tensors:
+                    deliver: Deliver = at_output
+                    if edited:
+                        paths = places.pop(id(tensor), [])
+                        if not paths:  # returned in an earlier place, too
+                            continue
+                        if len(paths) > 1:
+                            deliver = functools.partial(_everywhere, at_output, unedited, paths[1:])
                     node = tensor.grad_fn
                     if node is None:  # a leaf of the user's or the model's: leave it as it was, and soon
-                        hook_leaf(tensor, Hook(at_output, call, path=path))
+                        hook_leaf(tensor, Hook(deliver, call, path=path))
                         continue
-                    deliver: Deliver = at_output
                     if tensor._is_view():
-                        view = _View(at_output, tensor, None if replaced else Base.of(tensor, self.layer.module))
+                        view = _View(deliver, tensor, None if replaced else Base.of(tensor, self.layer.module))
                         call.views = (*call.views, (path, view.alias, view.before))
                         deliver = view.at_view
                         if view.base is not None:
@@ -210,16 +220,17 @@ class Tap:
             kwargs = rebuild(kwargs, lambda path, tensor: copied(f"kwargs{path}", tensor), opaque=same)
         return args, kwargs
 
-    def on_gradient(self, kind: Kind) -> Deliver:
-        """The function that every gradient of one kind goes through: edits, then takers."""
-        takers, edits, session = self.takers.get(kind, ()), self.edits.get(kind, ()), self.session
+    def on_gradient(self, kind: Kind, *, edit: bool = True) -> Deliver:
+        """The function that every gradient of one kind goes through: edits, unless they were made, then takers."""
+        takers, session = self.takers.get(kind, ()), self.session
+        edits = self.edits.get(kind, ()) if edit else ()
 
         def on_gradient(call: Call, gradient: torch.Tensor | None, path: str = "") -> torch.Tensor | None:
             if gradient is None or session.closed:  # None: from a custom Function that returned it
                 return None
             edited = gradient
-            for edit in edits:
-                edited = edit(edited)
+            for each in edits:
+                edited = each(edited)
             backward = graph_task()
             call.info.backwards.add(backward)
             value = edited if session.scaler is None else session.unscaled(edited)
@@ -330,6 +341,16 @@ def _collect(
     """The hook of the only node that consumes an input: what it hands back is the module's whole share."""
     for path in paths:
         deliver(call, grad_inputs[position], path)
+
+
+def _everywhere(
+    deliver: Deliver, unedited: Deliver, others: list[str], call: Call, gradient: torch.Tensor | None, path: str = ""
+) -> torch.Tensor | None:
+    """The edit of a tensor that was returned in several places: it has one gradient, which each of them shows."""
+    edited = deliver(call, gradient, path)
+    for other in others:
+        unedited(call, gradient if edited is None else edited, other)
+    return edited
 
 
 class _View:

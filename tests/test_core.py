@@ -700,6 +700,28 @@ def test_edits_of_structured_values() -> None:
         assert type(p["inner"].output) is type(out)
 
 
+def test_an_edit_of_a_gradient_at_a_tensor_returned_twice(x: torch.Tensor) -> None:
+    """As Hugging Face's models return their last hidden state: one gradient, edited once, shown in both places."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            out = self.fc(x)
+            return out, {"again": out}
+
+    model = Twice()
+    with Probe(model, "*") as p:
+        p.edit("*", lambda gradient: gradient * 10, on=Kind.GRAD_OUTPUT)
+        first, rest = model(x)
+        (first + 2 * rest["again"]).sum().backward()
+    assert torch.equal(p[""].grad_output[0], torch.full((3, 4), 30.0))
+    assert torch.equal(p[""].grad_output[1]["again"], torch.full((3, 4), 30.0))
+    assert torch.equal(p["fc"].grad_output, torch.full((3, 4), 300.0))
+
+
 def test_an_edit_may_change_the_shape_where_it_says_so(net: nn.Module, x: torch.Tensor) -> None:
     """Another batch flows on; what is captured is what flows."""
     with Probe(net, "1") as p:
