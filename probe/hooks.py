@@ -129,6 +129,7 @@ class Tap:
         at_input = self.on_gradient(Kind.GRAD_INPUT)
         tensor_type, hook_leaf = torch.Tensor, self.session.hook_leaf
         edited, replaced = bool(self.edits.get(Kind.GRAD_OUTPUT)), bool(self.edits.get(Kind.OUTPUT))
+        leads = edited or bool(self.edits.get(Kind.GRAD_INPUT))  # an output that is the input has its hook already
 
         def hook(handles: list[Any], call: Call, output: Any, edges: Edges | None) -> None:
             if type(output) is tensor_type:
@@ -171,7 +172,7 @@ class Tap:
                     # a bound method is one object, a partial two
                     gradient_hook = Hook(deliver, call, path=path) if path else types.MethodType(deliver, call)
                     handles.append(on_gradient_of(tensor, node, gradient_hook))
-                    if edited:
+                    if leads:
                         _run_first(handles[-1])
 
         return hook

@@ -722,6 +722,23 @@ def test_an_edit_of_a_gradient_at_a_tensor_returned_twice(x: torch.Tensor) -> No
     assert torch.equal(p["fc"].grad_output, torch.full((3, 4), 300.0))
 
 
+@pytest.mark.parametrize(
+    ("on", "at_output", "at_input"),
+    [(Kind.GRAD_INPUT, 1, 10), (Kind.GRAD_OUTPUT, 10, 10), (Kind.GRAD_INPUT | Kind.GRAD_OUTPUT, 10, 100)],
+    ids=lambda value: getattr(value, "label", ""),
+)
+def test_edits_of_the_gradients_of_a_pass_through(on: Kind, at_output: int, at_input: int, x: torch.Tensor) -> None:
+    """Its output is its input, one tensor with one gradient: that at the output comes first, and so is seen."""
+    model = nn.Sequential(nn.Tanh(), nn.Identity(), nn.Tanh())
+    with Probe(model) as p:
+        p.edit("1", lambda gradient: gradient * 10, on=on)
+        model(x).sum().backward()
+    came = p["2"].grad_input
+    torch.testing.assert_close(p["1"].grad_output, came * at_output)
+    torch.testing.assert_close(p["1"].grad_input, came * at_input)
+    torch.testing.assert_close(p["0"].grad_output, came * at_input)
+
+
 def test_an_edit_may_change_the_shape_where_it_says_so(net: nn.Module, x: torch.Tensor) -> None:
     """Another batch flows on; what is captured is what flows."""
     with Probe(net, "1") as p:
