@@ -40,7 +40,7 @@ def load(folder: Path) -> list[Kept]:
     for path in sorted(folder.glob("*.json")):
         try:
             each = json.loads(path.read_text(encoding="utf-8"))
-            _ = each["command"], each["rows"], each["machine"]
+            _ = [each[key] for key in ("command", "line", "date", "machine", "quick", "settings", "complete", "rows")]
         except (ValueError, KeyError, TypeError) as error:
             raise SystemExit(f"{path} is no file of results: write one with --out of another command") from error
         kept.append(each)

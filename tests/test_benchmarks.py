@@ -490,6 +490,13 @@ def test_maps_are_held_to_the_network_cut_by_hand_and_the_model_to_itself() -> N
     assert "left" not in only_error
 
 
+def test_quick_maps_are_of_every_model_that_was_asked_for() -> None:
+    """Each once, and a ViT at the only size that it takes."""
+    quick = [(work.model, work.size, work.methods) for work in cam._quick(list(cam.WORKS))]
+    sizes = {"resnet18": 64, "alexnet": 64, "convnext_tiny": 64, "vit_b_16": 224}
+    assert quick == [(model, size, ("grad_cam",)) for model, size in sizes.items()]
+
+
 def test_what_is_left_behind_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def careless(library: str, method: str, work: cam.Work, model: nn.Module, *rest: Any) -> Callable[[], object]:
         return lambda: model.eval().zero_grad()
@@ -679,9 +686,10 @@ def test_the_line_that_is_kept_can_be_typed(out: list[str], tmp_path: Path, monk
 
 def test_a_file_of_something_else_is_told(tmp_path: Path) -> None:
     """Which file, and what belongs there."""
-    (tmp_path / "other.json").write_text("[]")
-    with pytest.raises(SystemExit, match=r"other\.json is no file of results"):
-        report.load(tmp_path)
+    for text in ("[]", '{"command": "over', '{"command": "overhead", "rows": [], "machine": {}}'):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(SystemExit, match=r"other\.json is no file of results"):
+            report.load(tmp_path)
 
 
 def test_a_probe_is_no_part_of_a_bare_step() -> None:
