@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import threading
 import warnings
@@ -363,12 +364,21 @@ def stepping_scaler() -> torch.amp.GradScaler | None:
 
 def within_step(optimizer: Any) -> bool:
     """Whether this is a step that the optimizer's own one calls, by ``super().step()``: torch calls hooks at both."""
+    if not _calls_super(optimizer.__class__):
+        return False
     code, calls = getattr(type(optimizer).step, "__code__", None), 0  # torch's wrapper, the same for all classes
     frame: Any = sys._getframe(1)
     while frame is not None:
         calls += frame.f_code is code and frame.f_locals.get("self") is optimizer
         frame = frame.f_back
     return calls > 1
+
+
+@functools.cache
+def _calls_super(kind: type) -> bool:
+    """Whether a class of optimizers may step by another's: there are several steps in it, below torch's wrappers."""
+    own = [vars(each)["step"] for each in kind.__mro__ if "step" in vars(each) and each is not torch.optim.Optimizer]
+    return len(set(map(inspect.unwrap, own))) > 1
 
 
 def _running(module: nn.Module) -> int:

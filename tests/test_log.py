@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from probe import (
     stats,
 )
 from probe.hooks import ours
+from probe.session import _calls_super
 from tests import zoo
 from tests.reading import pixels
 
@@ -672,6 +673,15 @@ def test_a_step_that_calls_its_parents_is_one_step(tmp_path: Path, model: nn.Mod
         assert (p.steps, len(p.schedule.lr)) == (2, 2)
     assert scalars(tmp_path, "0.weight/value/norm")[0] == pytest.approx(float(before.norm()), rel=1e-5)
     assert sorted(scalars(tmp_path, "0.weight/update/norm")) == [0, 1]
+
+
+def test_of_torchs_own_optimizers_no_step_calls_another(model: nn.Module) -> None:
+    """So at their steps nobody looks through the frames, though torch wraps anew what a class has from its parent."""
+    for kind in vars(torch.optim).values():
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer:
+            with suppress(ValueError, TypeError):  # Muon takes matrices alone
+                kind(model.parameters())
+            assert not _calls_super(kind), kind
 
 
 def test_a_resumed_training_goes_on_counting(
