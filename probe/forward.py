@@ -299,7 +299,8 @@ def raised(module: nn.Module, output: Any) -> BaseException | None:
 
 
 def is_replica(module: nn.Module) -> bool:
-    return getattr(module, "_is_replica", False)  # DataParallel's copies share the hook dictionaries
+    # DataParallel's copies share the hook dictionaries; a module's own __getattr__ is not to be asked
+    return bool(module.__dict__.get("_is_replica"))
 
 
 def put(args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

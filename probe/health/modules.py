@@ -37,7 +37,8 @@ def heads(every: Iterable[Layer]) -> dict[int, int]:
     for layer in every:
         for name in ("qkv", "c_attn"):
             child = layer.module._modules.get(name)
-            number = getattr(layer.module, "num_heads", getattr(layer.module, "n_head", None))
+            own = layer.module.__dict__  # a module's own __getattr__ is not to be asked
+            number = own.get("num_heads", own.get("n_head"))
             if child is not None and isinstance(number, int) and number > 0:
                 found[id(child)] = number
     return found
