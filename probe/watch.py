@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -48,6 +49,7 @@ class Watch:
         self.led: weakref.WeakKeyDictionary[Optimizer, list[Model]] = weakref.WeakKeyDictionary()
         self._pending: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._searching = True
+        self._finding = threading.RLock()  # threads may each train a model
         self._calls: Any = None
         self._steps = on_any_step(self._stepping)
         _watches.add(self)
@@ -92,7 +94,8 @@ class Watch:
         with self._careful():
             known = self._of.get(id(module))
             if known is None or known[0]() is not module:
-                self._search(module)
+                with self._finding:
+                    self._search(module)
                 known = self._of.get(id(module))
             if known is not None and known[0]() is module:
                 known[1].called(module, args)
@@ -163,7 +166,7 @@ class Watch:
         self.updates += 1
         led = self.led.get(optimizer)
         if led is None:
-            with self._careful():
+            with self._careful(), self._finding:
                 self._adopt(optimizer, has_closure=bool(args[1:] or kwargs))
             return
         for model in led:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import itertools
 import os
 import shutil
 import threading
@@ -434,5 +435,18 @@ def parameters_of(optimizer: Optimizer) -> set[int]:
 
 
 def alive(kind: type) -> list[Any]:
-    """All objects of a class."""
-    return [each for each in gc.get_objects() if issubclass(type(each), kind)]
+    """All objects of a class, looked for in C, in one call.
+
+    Between two lines of Python another thread may run, and be making a tuple: that fails if a list of all objects holds
+    the tuple too. So the list is made, looked through and cleared by the last line alone.
+    """
+    kinds: set[type] = set()
+    new = [kind]
+    while new:
+        kinds.add(each := new.pop())
+        below: list[type] = type.__subclasses__(each)
+        new += [other for other in below if other not in kinds]
+    lists, same, again = itertools.tee(map(gc.get_objects, [None]), 3)  # of one list
+    wanted = map(map, [set(map(id, kinds)).__contains__], map(map, [id], map(map, [type], same)))
+    found = itertools.chain.from_iterable(map(itertools.compress, lists, wanted))
+    return list(itertools.chain(found, filter(None, map(list.clear, again))))

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from probe import watch
 from probe.__main__ import main
+from probe.watched import alive
 from tests.processes import fork, wait
 from tests.reading import read
 
@@ -294,8 +297,9 @@ def test_what_a_script_made_before_it_imports_torch_can_still_be_collected(tmp_p
             node.itself = node
             return node, weakref.ref(node)
     """
-    bare, probed = both(tmp_path, textwrap.dedent(head) + script)
-    assert bare.out == probed.out == "None 0\n"
+    path = tmp_path / "script.py"
+    path.write_text(textwrap.dedent(head) + script)
+    assert process(tmp_path / "probed", *RUN, str(path)).out == "None 0\n"
 
 
 @pytest.mark.parametrize(
@@ -569,6 +573,81 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert run.out == "5\n"
     assert len(list((run.board / "net").iterdir())) == 1
     assert steps_of(run, "net", "0/output/mean") == [0, 2, 4, 6, 8, 10]
+
+
+def test_threads_that_make_tuples_are_not_disturbed_by_a_look_at_all_objects() -> None:
+    """A tuple that grows must have no second owner."""
+    tuples: list[int] = []
+    errors: list[BaseException] = []
+    over = threading.Event()
+
+    def make() -> None:
+        try:
+            while not over.is_set():
+                tuples.append(len(tuple(i for i in range(2000))))
+        except SystemError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    many: list[Any] = [[] for _ in range(100_000)]  # so that a look takes a while
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        found = [alive(torch.nn.Module) for _ in range(20)]
+    finally:
+        sys.setswitchinterval(usual)
+        over.set()
+        thread.join()
+    assert set(tuples) == {2000}
+    assert not errors, len(many)
+    assert all(any(each is part for each in found[0]) for part in (model, model[0]))
+    assert not any(isinstance(each, torch.optim.Optimizer) for each in found[0])
+
+
+def test_threads_train_models_of_their_own(start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found at the same time they have two names, and two folders."""
+    together = threading.Barrier(2, timeout=0.3)
+
+    class Meeting(watch.Model):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                together.wait()
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(watch, "Model", Meeting)
+    script = """
+import threading
+models = [mlp(), mlp()]
+threads = [threading.Thread(target=train, args=(model, 6)) for model in models]
+for each in threads:
+    each.start()
+for each in threads:
+    each.join()
+"""
+    run = start("--every 2", HEAD + script)
+    assert found(run).keys() == {"Sequential", "Sequential#2"}, run.err
+    for name in ("Sequential", "Sequential#2"):
+        assert layers_of(run, name) == {"0", "1", "2"}
+
+
+def test_a_models_own_attributes_are_not_asked_for(start: Callable[..., Run]) -> None:
+    """A module may tell of what it does not have."""
+    script = """
+class Net(nn.Sequential):
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            print(name)
+            raise
+net = Net(nn.Linear(4, 8), nn.ReLU())
+train(net, 4)
+"""
+    bare, probed = start(None, HEAD + script), start("--every 2", HEAD + script)
+    assert bare.out == probed.out
+    assert found(probed).keys() == {"net (Net)"}
 
 
 def test_options_choose(start: Callable[..., Run]) -> None:
