@@ -32,6 +32,7 @@ class Passes(Protocol):
     backward: str
     closed: bool
     copy_views: bool
+    fixed: frozenset[int]
     local: Local
     scaler: Any
     stopping: str | None
@@ -244,11 +245,12 @@ class Short(ForwardHook):
         taker: the only one of its outputs: it can `settle` what this logs, and says whether a snapshot `shares` memory.
     """
 
-    __slots__ = ("_after", "_known", "taker")
+    __slots__ = ("_after", "_fixed", "_known", "taker")
 
     def __init__(self, tap: Any, taker: Any) -> None:
         super().__init__(tap)
         self._after = After(tap, False, False, None)
+        self._fixed = tap.session.fixed
         self._known: nn.Module | None = None  # the module, once a snapshot shared memory: until somebody writes to it
         self.taker = taker
         taker.shares = False
@@ -261,6 +263,8 @@ class Short(ForwardHook):
             return self._long(module, args, output)
         try:
             storage = output.untyped_storage()  # first: wrappers of torch.func refuse it
+            if storage._cdata in self._fixed:  # a view of a parameter now, and not before
+                return self._long(module, args, output)
             count = output._version if self._session.versions else -1
             if output.requires_grad:
                 output = output.data  # costs less than detach(), as it is no operation; it counts its own versions

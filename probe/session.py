@@ -50,7 +50,7 @@ class Session:
         self._entered = 0  # at which step
         self._late: dict[int, bool] = {}  # whether an optimizer steps after the first one has ended the step
         self._bound: list[bool] = []
-        self._fixed: frozenset[int] = frozenset()  # storages of parameters and buffers, which stay where they are
+        self.fixed: frozenset[int] = frozenset()  # storages of parameters and buffers, which stay where they are
         self._live: list[Tap] = []  # the taps that have hooks, and how many whole passes there were when they got them
         self._live_since = 0
         self.taps: dict[Layer, Tap] = {}
@@ -78,7 +78,7 @@ class Session:
         self.ask()
         taps = [tap for tap in self.taps.values() if tap.stop or any(map(tap.asks, Kind))]
         own = [t for m in modules(self.model) for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-        self._fixed = frozenset(s._cdata for tensor in own if (s := storage_of(local(tensor))) is not None)
+        self.fixed = frozenset(s._cdata for tensor in own if (s := storage_of(local(tensor))) is not None)
         scopes = ancestors(self.model, [tap.layer.module for tap in taps])
         self.scopes = {id(module): module for module in scopes if not isinstance(module, torch.jit.ScriptModule)}
         try:
@@ -244,7 +244,7 @@ class Session:
         if self.closed:
             return None
         mode = self.tag or ("train" if self.model.training else "eval")
-        pass_ = Pass(module, PassInfo(self.step, mode, self._fixed), self.handles())
+        pass_ = Pass(module, PassInfo(self.step, mode, self.fixed), self.handles())
         pass_.open = not (torch._C._is_tracing() or torch.compiler.is_exporting() or is_fx_symbolic_tracing())
         with self._lock:
             self.passes += 1

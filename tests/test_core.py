@@ -476,6 +476,26 @@ def test_parameters_and_buffers_stay_where_they_are(how: str, kinds: Kind) -> No
         assert all(tensor[0, 0] == array[0, 0] for tensor, array in zip(own, arrays, strict=True))
 
 
+def test_a_parameter_stays_where_it_is_also_when_its_layer_gave_other_tensors_before() -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, 2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() else self.weight.detach()[:3]
+
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), Gate())
+    address = model[1].weight.data_ptr()
+    with Probe(model, kinds=Kind.OUTPUT) as p:
+        for x in (torch.ones(3, 2), torch.ones(3, 2), torch.zeros(3, 2)):
+            model(x)
+        with torch.no_grad():
+            model[1].weight.add_(1)
+        assert model[1].weight.data_ptr() == address
+        assert p["1"].output.tolist() == [[1.0] * 2] * 3
+
+
 # -- copies and files --------------------------------------------------------------------------------------------------
 
 LOADS = """
