@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import builtins
 import contextlib
-import gc
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -75,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
             f"nothing can be written to {args.logdir or 'runs'!r}; give --logdir a folder that can be made"
         )
     observe = os.environ.get("RANK", "0") == "0"  # what torchrun sets: one rank writes
-    watching = _Watching(args, program)
+    watching = _Watching(args, program.name)
     if observe:
         _when_imported("torch", watching.start)
     process = os.getpid()
@@ -168,10 +167,9 @@ def _find(name: str) -> importlib.machinery.ModuleSpec:
 class _Watching:
     """What watches the script's training, once torch is there; and the report of it."""
 
-    def __init__(self, args: argparse.Namespace, program: Program) -> None:
+    def __init__(self, args: argparse.Namespace, name: str) -> None:
         self._args = args
-        self._program = program
-        self._froze = False
+        self._name = name
         self._watch: Watch | None = None
         self._failure = ""
 
@@ -195,12 +193,9 @@ class _Watching:
                 kinds=args.kinds,
                 until_step=args.until_step,
                 findings=args.findings,
-                comment=f"_{self._program.name}",
+                comment=f"_{self._name}",
             )
         )
-        if _only_imports(self._program.code):
-            gc.freeze()  # what observed steps make has Python look at all objects now and then; torch's need it not
-            self._froze = True
 
     def finish(self) -> None:
         """End it, and tell what was seen. Whatever fails here, the script ends as it would without."""
@@ -219,8 +214,6 @@ class _Watching:
         if self._watch is None:
             yield "probe: the script did not import torch: there was nothing to probe"
             return
-        if self._froze:
-            gc.unfreeze()
         self._watch.close()
         for note in self._watch.notes:
             yield f"probe: {note}"
@@ -231,31 +224,6 @@ class _Watching:
         for model in self._watch.models:
             yield from model.report(brief=bool(trained) and model not in trained)
         yield f"probe: see it in TensorBoard:  python -m probe open {shlex.quote(self._watch.folder())}"
-
-
-def _only_imports(code: types.CodeType | None) -> bool:
-    """Whether a script, in the midst of an import, holds nothing yet that could become garbage later.
-
-    The import is at its top level, and so is every import on the way; what it has are functions, classes, and what some
-    other module has too.
-    """
-    frame: types.FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code is not code:
-        on_the_way = frame.f_code.co_name == "<module>" or frame.f_code.co_filename.startswith("<frozen importlib")
-        if code is not None and not on_the_way and frame.f_code.co_filename != __file__:
-            return False
-        frame = frame.f_back
-    if frame is None:
-        return code is None  # it has not begun
-    spaces = [getattr(each, "__dict__", {}) for each in list(sys.modules.values())]
-    others = [each for each in spaces if each is not frame.f_globals]  # multiprocessing has a second name for it
-    return all(
-        name.startswith("__")
-        or not gc.is_tracked(value)
-        or isinstance(value, types.ModuleType | types.FunctionType | type)
-        or any(each.get(name) is value for each in others)
-        for name, value in list(frame.f_globals.items())
-    )
 
 
 def _hide_frames(error: BaseException, code: types.CodeType | None) -> None:
