@@ -68,20 +68,24 @@ class StepCache:
         """The sketch, with its histogram, of a value that nobody writes to, and that is not to be found again."""
         return self._pools[True].of(value, fixed=True)
 
-    def sketches(self, tensors: Sequence[Tensor], values: Sequence[Tensor], *, histogram: bool) -> list[Sketch | None]:
+    def sketches(
+        self, tensors: Sequence[Tensor], values: Sequence[Tensor], *, histogram: bool | None
+    ) -> list[Sketch | None]:
         """The sketches of parameters, their gradients or updates, those that are not known in few launches.
 
         Arguments:
             tensors: by which they are known.
             values: what there is to read of each.
-            histogram: as of `sketch`.
+            histogram: as of `sketch`; None: with one where it is known already.
         """
         found = [self._parameters.find(tensor) for tensor in tensors]
         new = [i for i, made in enumerate(found) if made is None or (histogram and not made.binned)]
-        for i, made in zip(new, sketch.of_many([values[i] for i in new], histogram=histogram), strict=True):
-            found[i] = made
-            self._parameters.keep(tensors[i], made)
-        return [made if histogram or made is None else made.moments() for made in found]
+        if new:
+            more = sketch.of_many([values[i] for i in new], histogram=bool(histogram))
+            for i, made in zip(new, more, strict=True):
+                found[i] = made
+                self._parameters.keep(tensors[i], made)
+        return found if histogram is not False else [made and made.moments() for made in found]
 
     def copy(self, parameter: Tensor) -> Tensor:
         """This rank's values of a parameter as they are now, not to be written to; the same as long as one is held."""

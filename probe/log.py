@@ -189,7 +189,9 @@ class Log(Receiver):
                 shown = summary(capture)
                 if shown is not None and not isinstance(shown, Iterable):
                     raise TypeError(f"a summary yields what it shows, or returns a list of it, not {described(shown)}")
-                items = [_kept(item, capture) for item in shown or ()]
+                items = list(shown or ())
+                if isinstance(capture.kind, ParameterKind):
+                    items = [_kept(each, capture) if isinstance(each, (Image, Embedding)) else each for each in items]
                 with self._lock:
                     step = self._steps.setdefault(capture.step, Tally())
                     for item in items:
@@ -228,7 +230,7 @@ class Log(Receiver):
             if self._wanted.get(ParameterKind.UPDATE):
                 own = {key: parameter for key, (_, parameter, _, _) in self._of(optimizer)}
                 values = [ranks.part(each.detach(), replicated=True) for each in own.values()]
-                drawn = self._cache.sketches([*own.values()], [value for value, _ in values], histogram=False)
+                drawn = self._cache.sketches([*own.values()], [value for value, _ in values], histogram=None)
                 for (key, each), (_, part), head in zip(own.items(), values, drawn, strict=True):
                     self._before[key] = self._cache.copy(each), part, head
 
@@ -254,7 +256,7 @@ class Log(Receiver):
                     heads.append(head)
             self._show(shown)
             updates = [update for update, _, _ in shown]
-            self._ratios(step, shown, self._cache.sketches(updates, updates, histogram=False), heads)
+            self._ratios(step, shown, self._cache.sketches(updates, updates, histogram=None), heads)
 
     def _ratios(
         self, step: int, shown: list[OfParameter], updates: list[Sketch | None], values: list[Sketch | None]
@@ -459,11 +461,13 @@ def by_kind(
     return wanted
 
 
-def _kept(item: Any, capture: Capture) -> Any:
-    """The item, to be read when the step has ended: a copy of what is a parameter's own memory, or its gradient's."""
-    pictured = isinstance(item, (Image, Embedding)) and isinstance(item.value, torch.Tensor)
-    if isinstance(capture.kind, Kind) or not pictured:
-        return item  # other captures are snapshots; numbers are copied and sketches made at once
+def _kept(item: Image | Embedding, capture: Capture) -> Image | Embedding:
+    """A picture or points, to be read when the step has ended: a copy of a parameter's own memory, or its gradient's.
+
+    Captures of other kinds are snapshots; numbers are copied and sketches made at once.
+    """
+    if not isinstance(item.value, torch.Tensor):
+        return item
     own, memory = storage_of(item.value), storage_of(capture.value)
     if own is not None and memory is not None and own._cdata != memory._cdata:
         return item
