@@ -461,7 +461,10 @@ class Probe:
                 told=self._told.setdefault(id(writer), {}),
                 per_rank=per_rank,
             )
-            self._session.receivers.append(log)
+            receivers = self._session.receivers
+            # before those that need less of a sketch, so that these find it
+            place = next((i for i, each in enumerate(receivers) if each in self._joint), len(receivers))
+            receivers.insert(place, log)
             added.append(log)
         for layer in chosen:
             self._tap(layer)

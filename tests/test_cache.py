@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,8 +203,9 @@ def test_logs_and_health_checks_share_what_they_sketch(tmp_path: Path, counter: 
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
 
-    def sketched(*summaries: Any) -> list[int]:
-        with Board(tmp_path / str(len(summaries))) as board, Probe(model, optimizer=optimizer) as p:
+    def sketched(*summaries: Any, observers: Sequence[Any] = ()) -> list[int]:
+        folder = tmp_path / f"{len(summaries)} {len(observers)}"
+        with Board(folder) as board, Probe(model, optimizer=optimizer, observers=observers) as p:
             p.log(board, *summaries)
             for _ in range(2):  # after the first step the health checks know that histograms are wanted
                 counter.sizes.update({True: [], False: []})
@@ -217,6 +219,8 @@ def test_logs_and_health_checks_share_what_they_sketch(tmp_path: Path, counter: 
     both = sketched(stats, histogram, *health.checks())
     assert both == sorted([*alone, 28])  # the input of the model; a grad_input is the grad_output of the layer before
     assert sorted(counter.sizes[False]) == [2, 5, 10, 20]  # gradients of parameters, before anybody clips them
+    assert sketched(stats, histogram, observers=health.checks()) == both
+    assert sorted(counter.sizes[False]) == [2, 5, 10, 20]
 
 
 def test_a_write_that_torch_does_not_count_between_two_layers_is_seen(tmp_path: Path) -> None:
