@@ -371,6 +371,8 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     return tmp_path
 
 
+# torch 2.11 itself makes an autograd.Function as it traces a custom operator
+@pytest.mark.filterwarnings("ignore:.class 'torch.autograd.function.Function'. should not be:DeprecationWarning")
 def test_the_snippets_of_the_readme_run(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other, as a reader would type them, on a tiny model after the first; and its figure is right."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # no C++ compiler at work
