@@ -147,14 +147,12 @@ class Tap:
                 call.input_needs_grad = True
                 self._hook_inputs(handles, call, tensors, edges, at_input)
             if at_output is not None:
-                places: dict[int, list[str]] = {}
-                for path, tensor in tensors if edited else ():
-                    places.setdefault(id(tensor), []).append(path)
+                places = _places(tensors) if edited else None
                 for path, tensor in tensors:
                     deliver: Deliver = at_output
-                    if edited:
-                        paths = places.pop(id(tensor), [])
-                        if not paths:  # returned in an earlier place, too
+                    if places is not None:
+                        paths = places.pop(id(tensor), None)
+                        if paths is None:  # returned in an earlier place, too
                             continue
                         if len(paths) > 1:
                             deliver = functools.partial(_everywhere, at_output, unedited, paths[1:])
@@ -342,6 +340,14 @@ def _collect(
     """The hook of the only node that consumes an input: what it hands back is the module's whole share."""
     for path in paths:
         deliver(call, grad_inputs[position], path)
+
+
+def _places(tensors: list[tuple[str, torch.Tensor]]) -> dict[int, list[str]]:
+    """The paths at which each tensor was returned."""
+    places: dict[int, list[str]] = {}
+    for path, tensor in tensors:
+        places.setdefault(id(tensor), []).append(path)
+    return places
 
 
 def _everywhere(

@@ -220,19 +220,22 @@ class Log(Receiver):
         with quiet():
             gradients = self._gradients(optimizer)
             self._norms(optimizer, step, gradients.values())
+            values: dict[int, OfParameter] = {}
             shown: list[OfParameter] = []
             for key, (_, parameter, _, _) in self._of(optimizer):
+                if self._wanted.get(ParameterKind.VALUE) or self._wanted.get(ParameterKind.UPDATE):
+                    values[key] = self._shown(key, ParameterKind.VALUE, parameter, step)
                 if self._wanted.get(ParameterKind.VALUE):
-                    shown.append(self._shown(key, ParameterKind.VALUE, parameter, step))
+                    shown.append(values[key])
                 if key in gradients:
                     shown.append(self._shown(key, ParameterKind.GRAD, gradients[key], step))
             self._show(shown)
             if self._wanted.get(ParameterKind.UPDATE):
-                own = {key: parameter for key, (_, parameter, _, _) in self._of(optimizer)}
-                values = [ranks.part(each.detach(), replicated=True) for each in own.values()]
-                drawn = self._cache.sketches([*own.values()], [value for value, _ in values], histogram=None)
-                for (key, each), (_, part), head in zip(own.items(), values, drawn, strict=True):
-                    self._before[key] = self._cache.copy(each), part, head
+                parameters = [parameter for parameter, _, _ in values.values()]
+                own = [capture.value for _, capture, _ in values.values()]
+                drawn = self._cache.sketches(parameters, own, histogram=None)
+                for (key, (parameter, _, part)), head in zip(values.items(), drawn, strict=True):
+                    self._before[key] = self._cache.copy(parameter), part, head
 
     def after_step(self, optimizer: Any, step: int) -> None:
         """Show the rates that the update used, and what it added to the parameters."""

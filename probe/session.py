@@ -316,7 +316,8 @@ class Session:
                 self.begin(module)
         elif pass_.outermost is module or module is self.model:
             # A model that calls itself, or one whose last forward was interrupted (no hook runs on KeyboardInterrupt)?
-            if _running(pass_.outermost) < pass_.depth + (pass_.outermost is module):
+            running = _running(nn.Module._call_impl.__code__, pass_.outermost)
+            if running < pass_.depth + (pass_.outermost is module):
                 self.end(pass_, whole=False)
                 self.begin(module)
             elif pass_.outermost is module:
@@ -366,12 +367,8 @@ def within_step(optimizer: Any) -> bool:
     """Whether this is a step that the optimizer's own one calls, by ``super().step()``: torch calls hooks at both."""
     if not _calls_super(optimizer.__class__):
         return False
-    code, calls = getattr(type(optimizer).step, "__code__", None), 0  # torch's wrapper, the same for all classes
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        calls += frame.f_code is code and frame.f_locals.get("self") is optimizer
-        frame = frame.f_back
-    return calls > 1
+    code = getattr(type(optimizer).step, "__code__", None)  # of torch's wrapper, the same for all classes
+    return _running(code, optimizer) > 1
 
 
 @functools.cache
@@ -381,13 +378,12 @@ def _calls_super(kind: type) -> bool:
     return len(set(map(inspect.unwrap, own))) > 1
 
 
-def _running(module: nn.Module) -> int:
-    """How many calls of `module` are running in this thread, by the interpreter's stack."""
+def _running(code: Any, owner: Any) -> int:
+    """How many calls of a method of `owner` are running in this thread, by the interpreter's stack."""
     count = 0
     frame = sys._getframe()
     while frame is not None:
-        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module:
-            count += 1
+        count += frame.f_code is code and frame.f_locals.get("self") is owner
         frame = frame.f_back  # type: ignore[assignment]
     return count
 

@@ -97,16 +97,16 @@ def dead_units(c: Capture) -> Iterator[Shown]:
 
     Units lie along dimension 1, or along the last one for outputs ``[B, T, F]``; empty outputs yield nothing.
     """
-    value = _dense(c) if c.kind is Kind.OUTPUT else None
+    value = _dense(c, Kind.OUTPUT)
     if value is not None and value.dim() >= 2:
         units = value.movedim(-1 if value.dim() == 3 else 1, 0).flatten(1)
         yield Scalar("dead_units", (units == 0).all(1).double().mean())
 
 
-def _dense(c: Capture) -> torch.Tensor | None:
-    """A capture's real numbers, of complex ones the modulus; None where it has none, or is sparse or nested."""
+def _dense(c: Capture, kind: Kind | ParameterKind) -> torch.Tensor | None:
+    """A capture's real numbers, of complex ones the modulus; None of another kind, and where it has none to draw."""
     value = c.value
-    if value.is_nested or value.layout is not torch.strided or not value.numel():
+    if c.kind is not kind or value.is_nested or value.layout is not torch.strided or not value.numel():
         return None
     value = value.dequantize() if value.is_quantized else value
     return value.abs() if value.is_complex() else value
@@ -135,7 +135,7 @@ def feature_maps(max_channels: int = 64, nrow: int = 8, per_map: bool = True) ->
     _positive(max_channels=max_channels, nrow=nrow)
 
     def show(c: Capture) -> Iterator[Shown]:
-        value = _dense(c) if c.kind is Kind.OUTPUT else None
+        value = _dense(c, Kind.OUTPUT)
         if value is not None and value.dim() == 4:
             maps = value[0, :max_channels, None]
             yield Image("feature_maps", image.grid(maps, nrow=nrow, normalize=True, scale_each=per_map))
@@ -157,7 +157,7 @@ def input_images(max_images: int = 16, nrow: int = 4) -> Summary:
     _positive(max_images=max_images, nrow=nrow)
 
     def show(c: Capture) -> Iterator[Shown]:
-        value = _dense(c) if c.kind is Kind.INPUT else None
+        value = _dense(c, Kind.INPUT)
         if value is not None and value.dim() == 4:
             yield Image("images", image.grid(value[:max_images], nrow=nrow, normalize=True, scale_each=True))
 
@@ -166,10 +166,8 @@ def input_images(max_images: int = 16, nrow: int = 4) -> Summary:
 
 def kernels(c: Capture) -> Iterator[Shown]:
     """The kernels of a convolution, honest about channels: RGB only for three input channels, as `image.kernels`."""
-    if c.kind is not ParameterKind.VALUE or not issubclass(c.module_type, _CONVOLUTIONS):
-        return
-    value = _dense(c)
-    if value is not None and value.dim() >= 3:
+    value = _dense(c, ParameterKind.VALUE)
+    if value is not None and value.dim() >= 3 and issubclass(c.module_type, _CONVOLUTIONS):
         transposed = issubclass(c.module_type, _TRANSPOSED)
         yield Image("kernels", image.kernels(value, transposed=transposed, groups=c.groups))
 
@@ -191,7 +189,7 @@ def embedding(max_points: int = 500, labels: Callable[[], Sequence[Any]] | None 
     _positive(max_points=max_points)
 
     def show(c: Capture) -> Iterator[Shown]:
-        value = _dense(c) if c.kind is Kind.OUTPUT else None
+        value = _dense(c, Kind.OUTPUT)
         if value is not None and value.dim() >= 2:
             points = value[:max_points].flatten(1).float()
             yield Embedding("embedding", points, None if labels is None else list(labels())[: len(points)])

@@ -274,8 +274,7 @@ class Model(Receiver):
             self._handles.pop().remove()
         probe._close(None)
         for receiver in reversed(probe._session.receivers) if not self._activations else ():  # it was never entered
-            receiver.end_step(steps, stepped=True)
-            receiver.close()
+            receiver.finish(steps, stepped=True)
         if self._options.findings:
             self._findings.append(probe.findings)
         self.steps = steps
